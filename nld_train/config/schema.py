@@ -1,0 +1,222 @@
+"""The typed configuration: one dataclass per section, every default in one place.
+
+Hydra composes YAML files onto these classes (``configs/``), so an unknown key or a wrong type is refused by name.
+Rules that involve several values live in :mod:`nld_train.config.validate`. Units are part of the field's comment, and
+the comment is what ``train.py --help`` prints. No torch and no megatron here: the configuration is checked before
+anything heavy is imported.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Precision(Enum):
+    """Arithmetic of parameters and activations. bf16 keeps fp32 main parameters in the optimizer."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    """Where to run. ``auto``: CUDA where a GPU is visible, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class AttentionBackend(Enum):
+    """How the block-masked attention is computed (all give the same values).
+
+    ``dense`` materialises the mask (reference), ``chunked`` computes only what the mask keeps (CPU), ``flex`` is
+    torch's flex_attention (GPU). ``auto``: flex on CUDA, chunked on the CPU.
+    """
+
+    auto = "auto"
+    dense = "dense"
+    chunked = "chunked"
+    flex = "flex"
+
+
+class Sampler(Enum):
+    """How tokens of the noisy copy are chosen. ``bernoulli`` is the published recipe."""
+
+    bernoulli = "bernoulli"
+
+
+class Normalization(Enum):
+    """The divisor of the summed losses of a global batch.
+
+    ``tokens``: both terms by the number of supervised clean tokens (NLD technical report, Eq. 5).
+    ``contributing``: the number of AR tokens plus the number of masked tokens (public Megatron recipe).
+    """
+
+    tokens = "tokens"
+    contributing = "contributing"
+
+
+class DecayStyle(Enum):
+    """Shape of the decay phase of the warmup-stable-decay learning-rate schedule."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    """``offline`` writes a run folder that ``wandb sync`` uploads later."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = MISSING  # folder of everything that belongs to the run; an existing run there is continued
+    seed: int = 1234  # of weights, data order and noise
+
+
+@dataclass(slots=True, kw_only=True)
+class RopeConfig:
+    """YaRN rotary embedding and query scaling of Ministral3; names as in a checkpoint's ``rope_parameters``."""
+
+    rope_theta: float = 1e6  # base of the rotary frequencies
+    factor: float = 16.0  # YaRN: how much longer than the original context
+    original_max_position_embeddings: int = 16384  # tokens; YaRN and query scaling start here
+    beta_fast: float = 32.0  # YaRN: rotations above which a frequency is kept
+    beta_slow: float = 1.0  # YaRN: rotations below which a frequency is divided by factor
+    mscale: float = 1.0  # YaRN: attention factor, numerator
+    mscale_all_dim: float = 1.0  # YaRN: attention factor, denominator
+    llama_4_scaling_beta: float = 0.1  # query scaling: q * (1 + beta * log(1 + floor(position / original))); 0: off
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """A Ministral3-shaped decoder. The output head is never tied to the embedding."""
+
+    num_layers: int = MISSING  # decoder layers
+    hidden_size: int = MISSING  # width of the residual stream
+    ffn_hidden_size: int = MISSING  # width inside the SwiGLU
+    num_attention_heads: int = MISSING  # query heads
+    num_key_value_heads: int = MISSING  # shared by groups of query heads
+    head_dim: int = MISSING  # of queries, keys and values; even
+    vocab_size: int = MISSING  # entries of the embedding and of the head
+    max_position_embeddings: int = 262144  # tokens; longest sequence the model is declared for
+    rms_norm_eps: float = 1e-5  # added to the mean square
+    initializer_range: float = 0.02  # standard deviation of random weights
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU, chunked on the CPU
+
+
+@dataclass(slots=True, kw_only=True)
+class ObjectiveConfig:
+    """L = L_AR + diffusion_loss_weight * L_diff."""
+
+    diffusion_loss_weight: float = 0.3  # alpha of the joint stages
+    block_size: int = 32  # tokens
+    mask_token_id: int = 100  # refused in data, never predicted
+    sampler: Sampler = Sampler.bernoulli  # how tokens of the noisy copy are chosen
+    eps: float = 1e-3  # smallest masking probability: p = (1 - eps) * t + eps
+    normalization: Normalization = Normalization.tokens  # divisor: clean tokens, or AR + masked tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    corpus: str = MISSING  # name of a shipped corpus ("stdlib"), or the folder of a prepared one
+    sequence_length: int = 4096  # tokens, L
+    cache_dir: str = "data/cache"  # prepared corpora and their indices
+    validation_fraction: float = 0.03  # share of documents held out (shipped corpora)
+    num_workers: int = 2  # loader processes per rank
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    global_batch_size: int = 512  # sequences
+    micro_batch_size: int = 1  # sequences per rank and forward pass
+    precision: Precision = Precision.bf16  # of parameters and activations
+    device: Device = Device.auto  # auto: CUDA where a GPU is visible
+    log_interval: int = 1  # steps
+    validation_interval: int = 100  # steps; also at the first and the last step of every stage
+    validation_samples: int = 64  # sequences, the same ones each time
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1  # ranks that share every layer
+    pipeline_model_parallel_size: int = 1  # ranks that hold consecutive layers
+    context_parallel_size: int = 1  # ranks that share a sequence; only 1 is supported yet
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled; not on norms
+    clip_grad: float = 1.0  # global norm; 0 turns clipping off
+
+
+@dataclass(slots=True, kw_only=True)
+class StageConfig:
+    """One stage of a run: its objective, its length and its warmup-stable-decay learning rate."""
+
+    diffusion_loss_weight: float = MISSING  # alpha; 0 runs the clean tokens alone (length L, not 2L)
+    tokens: int = MISSING  # clean tokens, rounded up to whole steps of global_batch_size * sequence_length
+    lr: float = MISSING  # after the warm-up
+    min_lr: float = MISSING  # at the last step of the stage
+    warmup_fraction: float = 0.01  # of the stage's steps: 0 -> lr
+    decay_fraction: float = 0.1  # of the stage's steps, at its end: lr -> min_lr
+    decay_style: DecayStyle = DecayStyle.linear  # shape of lr -> min_lr
+    reset_optimizer: bool = False  # True: moments start from zero when the stage begins
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    interval_steps: int = 1000  # save at least this often; 0: not by steps
+    interval_seconds: float = 0.0  # and at least this often by the clock; 0: not by time
+    keep_last: int = 2  # complete checkpoints kept
+
+
+@dataclass(slots=True, kw_only=True)
+class InitConfig:
+    hf_path: str | None = None  # folder of a Ministral3 or NLD checkpoint; null: random
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportConfig:
+    """The Hugging Face folder written at the end of a run, and the prompt continued from it."""
+
+    enabled: bool = True  # write the Hugging Face folder at the end of the run
+    prompt: str | None = None  # continued in all three modes after the export; null: not
+    max_new_tokens: int = 64  # tokens that continue the prompt
+
+
+@dataclass(slots=True, kw_only=True)
+class WandbConfig:
+    mode: WandbMode = WandbMode.disabled  # offline writes below run.dir
+    project: str = "nld-train"  # of Weights & Biases
+    name: str | None = None  # null: the name of the run's folder
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # run in this order
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

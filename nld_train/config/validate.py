@@ -1,0 +1,434 @@
+"""Rules on values and between values; all problems at once, each with the nearest value that works.
+
+Types and names are the business of :mod:`nld_train.config.compose`. Rules that need torch (is there a GPU?) or the
+content of files belong to the layers that read them.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from nld_train.config.schema import AttentionBackend, Config, Device, StageConfig
+from nld_train.errors import Problem
+
+# The tokenizer that is trained on a shipped corpus gives these ids to its special tokens and one to every byte.
+SHIPPED_CORPORA = ("stdlib",)
+SHIPPED_MASK_TOKEN_ID = 3
+SHIPPED_MIN_VOCAB_SIZE = 5 + 256
+
+MAX_SEED = 2**31 - 1  # Megatron's data sets seed numpy with 32 bits, and an epoch's number is added
+
+
+def validate(config: Config, world_size: int | None) -> list[Problem]:
+    """Check a typed configuration.
+
+    Args:
+        config: every mandatory value set.
+        world_size: number of launched ranks; None leaves out what depends on the launch and on this machine's files
+            (ranks, folders), so that a large run's configuration can be looked at anywhere.
+
+    Returns:
+        Every problem, in the order of the sections; empty if there is none.
+    """
+    problems = [
+        *_finite(config, ""),
+        *_run(config),
+        *_model(config),
+        *_objective(config),
+        *_data(config),
+        *_train(config),
+        *_parallel(config),
+        *_optim(config),
+        *_stages(config),
+        *_checkpoint_export_wandb(config),
+    ]
+    if world_size is not None:
+        problems += [*_launch(config, world_size), *_paths(config)]
+    else:
+        problems += _batch(config, data_parallel_size=1)
+    return problems
+
+
+# Helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _at_least(config: Config, minimum: float, *keys: str, why: str = "") -> list[Problem]:
+    """``key >= minimum`` for each dotted key."""
+    return [
+        Problem(key, f"{value} is too small{why}", f"use {key}={minimum} or more")
+        for key in keys
+        if _is_number(value := _get(config, key)) and value < minimum
+    ]
+
+
+def _above_zero(config: Config, *keys: str) -> list[Problem]:
+    return [
+        Problem(key, f"{value} must be greater than 0", f"give a positive number, as in {key}={example}")
+        for key, example in zip(keys, map(_schema_default, keys), strict=True)
+        if _is_number(value := _get(config, key)) and value <= 0
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    """Not-finite numbers are reported once, by ``_finite``; the other rules pass over them."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _get(config: Config, key: str) -> Any:
+    """Attribute by dotted key; ``stages.NAME.field`` goes through the dict."""
+    return reduce(
+        lambda node, name: node[name] if isinstance(node, dict) else getattr(node, name), key.split("."), config
+    )
+
+
+def _schema_default(key: str) -> Any:
+    parent = StageConfig() if key.startswith("stages.") else _get(Config(), key.rpartition(".")[0])
+    default = getattr(parent, key.rpartition(".")[2])
+    return default if _is_number(default) else 1
+
+
+def _finite(node: Any, prefix: str) -> Iterable[Problem]:
+    """No NaN and no infinity anywhere."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield Problem(prefix, f"{node} is not a finite number", "give a finite number")
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _finite(value, f"{prefix}.{name}")
+    elif is_dataclass(node):
+        for item in fields(node):
+            yield from _finite(getattr(node, item.name), f"{prefix}.{item.name}".lstrip("."))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def nearest(value: float, candidates: Iterable[int]) -> int:
+    """The candidate closest to ``value``; of two equally close ones the smaller."""
+    return min(candidates, key=lambda candidate: (abs(candidate - value), candidate))
+
+
+def _multiple_of(value: int, unit: int) -> int:
+    """The positive multiple of ``unit`` nearest to ``value``."""
+    return max(1, (2 * value + unit) // (2 * unit)) * unit
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+def _run(config: Config) -> Iterable[Problem]:
+    if not config.run.dir.strip():
+        yield Problem("run.dir", "the folder's name is empty", "give a folder, as in run.dir=runs/mine")
+    if not 0 <= config.run.seed <= MAX_SEED:
+        yield Problem("run.seed", f"{config.run.seed} is not in 0..{MAX_SEED}", "use run.seed=1234, or any other there")
+
+
+def _model(config: Config) -> Iterable[Problem]:
+    model = config.model
+    yield from _at_least(
+        config,
+        1,
+        *("model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads"),
+        *("model.num_key_value_heads", "model.vocab_size", "model.max_position_embeddings"),
+        "model.rope.original_max_position_embeddings",
+    )
+    yield from _at_least(config, 2, "model.head_dim")
+    yield from _above_zero(
+        config,
+        *("model.rms_norm_eps", "model.initializer_range", "model.rope.rope_theta", "model.rope.factor"),
+        *("model.rope.beta_fast", "model.rope.beta_slow", "model.rope.mscale", "model.rope.mscale_all_dim"),
+    )
+    yield from _at_least(config, 0, "model.rope.llama_4_scaling_beta")
+    if model.head_dim % 2:
+        yield Problem(
+            "model.head_dim",
+            f"{model.head_dim} is odd: the rotary embedding turns pairs",
+            f"use model.head_dim={model.head_dim + 1}",
+        )
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if heads > 0 and groups > 0 and heads % groups:
+        yield Problem(
+            "model.num_key_value_heads",
+            f"{groups} does not divide model.num_attention_heads={heads}",
+            f"use model.num_key_value_heads={nearest(groups, _divisors(heads))}",
+        )
+    rope = model.rope
+    if rope.beta_fast <= rope.beta_slow and rope.beta_fast > 0:
+        yield Problem(
+            "model.rope.beta_fast",
+            f"{rope.beta_fast} is not greater than model.rope.beta_slow={rope.beta_slow}",
+            "use model.rope.beta_fast=32 model.rope.beta_slow=1, or the checkpoint's values",
+        )
+    if model.attention_backend is AttentionBackend.flex and config.train.device is Device.cpu:
+        yield Problem(
+            "model.attention_backend",
+            "flex has no backward pass on a CPU (train.device=cpu)",
+            "use model.attention_backend=chunked, or auto",
+        )
+
+
+def _objective(config: Config) -> Iterable[Problem]:
+    objective, length = config.objective, config.data.sequence_length
+    if objective.block_size < 1 or (length > 0 and length % objective.block_size):
+        why = "is too small" if objective.block_size < 1 else f"does not divide data.sequence_length={length}"
+        remedy = f"use objective.block_size={nearest(objective.block_size, _divisors(length)) if length > 0 else 32}"
+        if 1 < objective.block_size < length:
+            remedy += f", or data.sequence_length={_multiple_of(length, objective.block_size)}"
+        yield Problem("objective.block_size", f"{objective.block_size} {why}", remedy)
+    mask_token_id, vocab_size = objective.mask_token_id, config.model.vocab_size
+    if not 0 <= mask_token_id < vocab_size:
+        yield Problem(
+            "objective.mask_token_id",
+            f"{mask_token_id} is not in the vocabulary, 0..{vocab_size - 1} (model.vocab_size={vocab_size})",
+            "give the id that the corpus' tokenizer reserves for the mask",
+        )
+    elif config.data.corpus in SHIPPED_CORPORA and mask_token_id != SHIPPED_MASK_TOKEN_ID:
+        yield Problem(
+            "objective.mask_token_id",
+            f"{mask_token_id} is an ordinary token in the tokenizer of data.corpus={config.data.corpus}",
+            f"use objective.mask_token_id={SHIPPED_MASK_TOKEN_ID}",
+        )
+    if not 0 < objective.eps < 1 and math.isfinite(objective.eps):
+        yield Problem(
+            "objective.eps",
+            f"{objective.eps} is not between 0 and 1 (exclusive): the smallest masking probability",
+            "use objective.eps=0.001",
+        )
+    yield from _at_least(config, 0, "objective.diffusion_loss_weight")
+
+
+def _data(config: Config) -> Iterable[Problem]:
+    data, model = config.data, config.model
+    yield from _at_least(config, 1, "data.sequence_length")
+    yield from _at_least(config, 0, "data.num_workers")
+    if data.sequence_length > model.max_position_embeddings > 0:
+        yield Problem(
+            "data.sequence_length",
+            f"{data.sequence_length} is longer than model.max_position_embeddings={model.max_position_embeddings}",
+            f"use data.sequence_length={model.max_position_embeddings} or less",
+        )
+    if not 0 < data.validation_fraction < 1 and math.isfinite(data.validation_fraction):
+        yield Problem(
+            "data.validation_fraction",
+            f"{data.validation_fraction} is not between 0 and 1 (exclusive)",
+            "use data.validation_fraction=0.03",
+        )
+    if not data.corpus.strip():
+        yield Problem("data.corpus", "the name is empty", f"use data.corpus={SHIPPED_CORPORA[0]}, or a folder")
+    if not data.cache_dir.strip():
+        yield Problem("data.cache_dir", "the folder's name is empty", "use data.cache_dir=data/cache")
+    if data.corpus in SHIPPED_CORPORA and 0 < model.vocab_size < SHIPPED_MIN_VOCAB_SIZE:
+        yield Problem(
+            "model.vocab_size",
+            f"{model.vocab_size} cannot hold the 256 bytes and 5 special tokens of data.corpus={data.corpus}",
+            f"use model.vocab_size={SHIPPED_MIN_VOCAB_SIZE} or more",
+        )
+
+
+def _train(config: Config) -> Iterable[Problem]:
+    yield from _at_least(
+        config,
+        1,
+        *("train.global_batch_size", "train.micro_batch_size", "train.log_interval"),
+        *("train.validation_interval", "train.validation_samples"),
+    )
+
+
+def _optim(config: Config) -> Iterable[Problem]:
+    for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
+        if not 0 <= value < 1 and math.isfinite(value):
+            yield Problem(key, f"{value} is not in [0, 1)", f"use {key}={_schema_default(key)}")
+    yield from _above_zero(config, "optim.eps")
+    yield from _at_least(config, 0, "optim.weight_decay", "optim.clip_grad")
+
+
+def _stages(config: Config) -> Iterable[Problem]:
+    if not config.stages:
+        yield Problem(
+            "stages",
+            "there is no stage, so there is nothing to train",
+            "add one, as in +stage@stages.joint=joint stages.joint.tokens=1000000 "
+            "stages.joint.lr=1e-3 stages.joint.min_lr=1e-4",
+        )
+    for name, stage in config.stages.items():
+        key = f"stages.{name}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            yield Problem(key, f"{name!r} is not a plain name", "name stages with letters, digits, _ and -")
+            continue
+        yield from _at_least(config, 0, f"{key}.diffusion_loss_weight")
+        yield from _at_least(config, 1, f"{key}.tokens")
+        if stage.lr <= 0:
+            yield Problem(
+                f"{key}.lr", f"{stage.lr} must be greater than 0", f"use a learning rate such as {key}.lr=1e-3"
+            )
+        elif not 0 <= stage.min_lr <= stage.lr and math.isfinite(stage.min_lr + stage.lr):
+            value = 0 if stage.min_lr < 0 else stage.lr
+            yield Problem(
+                f"{key}.min_lr",
+                f"{stage.min_lr} is not between 0 and {key}.lr={stage.lr}",
+                f"use {key}.min_lr={value}",
+            )
+        warmup, decay = stage.warmup_fraction, stage.decay_fraction
+        outside = [
+            Problem(f"{key}.{field}", f"{value} is not between 0 and 1", f"use {key}.{field}={min(max(value, 0), 1):g}")
+            for field, value in (("warmup_fraction", warmup), ("decay_fraction", decay))
+            if not 0 <= value <= 1 and math.isfinite(value)
+        ]
+        yield from outside
+        if not outside and warmup + decay > 1:
+            yield Problem(
+                f"{key}.decay_fraction",
+                f"{decay} and {key}.warmup_fraction={warmup} are together more than the whole stage",
+                f"use {key}.decay_fraction={1 - warmup:g} or less",
+            )
+
+
+def _checkpoint_export_wandb(config: Config) -> Iterable[Problem]:
+    yield from _at_least(config, 0, "checkpoint.interval_steps", "checkpoint.interval_seconds")
+    yield from _at_least(config, 1, "checkpoint.keep_last", "export.max_new_tokens")
+    if config.checkpoint.interval_steps == 0 and config.checkpoint.interval_seconds == 0:
+        yield Problem(
+            "checkpoint.interval_steps",
+            "0, and checkpoint.interval_seconds=0: the run would never be saved before its end",
+            "use checkpoint.interval_steps=1000, or checkpoint.interval_seconds=600",
+        )
+    if config.export.prompt is not None and not config.export.prompt:
+        yield Problem("export.prompt", "the text is empty", "give some text, or export.prompt=null for none")
+    if not config.wandb.project.strip():
+        yield Problem("wandb.project", "the name is empty", "use wandb.project=nld-train")
+
+
+def _parallel(config: Config) -> Iterable[Problem]:
+    model = config.model
+    yield from _at_least(config, 1, "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size")
+    tensor, pipeline, context = _sizes(config)
+    if tensor >= 1 and (left_over := [f"{key}={size}" for key, size in _split_by_tensor(config) if size % tensor]):
+        yield Problem(
+            "parallel.tensor_model_parallel_size",
+            f"{tensor} does not divide {', '.join(left_over)}",
+            f"use parallel.tensor_model_parallel_size={_working_tensor_size(config)} "
+            f"(what works for this model: {_listing(_tensor_sizes(config))})",
+        )
+    if pipeline >= 1 and model.num_layers >= 1 and model.num_layers % pipeline:
+        yield Problem(
+            "parallel.pipeline_model_parallel_size",
+            f"{pipeline} does not divide model.num_layers={model.num_layers}",
+            f"use parallel.pipeline_model_parallel_size={_working_pipeline_size(config)} "
+            f"(what works for this model: {_listing(_divisors(model.num_layers))})",
+        )
+    if context != 1:
+        yield Problem(
+            "parallel.context_parallel_size",
+            f"{context}: context parallelism is not supported yet" if context > 1 else f"{context} is too small",
+            "use parallel.context_parallel_size=1",
+        )
+
+
+def _sizes(config: Config) -> tuple[int, int, int]:
+    parallel = config.parallel
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+
+
+def _split_by_tensor(config: Config) -> list[tuple[str, int]]:
+    """What Megatron cuts into equal parts, one for each tensor-parallel rank."""
+    model = config.model
+    sizes = [
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_key_value_heads", model.num_key_value_heads),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.vocab_size", model.vocab_size),
+    ]
+    return [(key, size) for key, size in sizes if size >= 1]
+
+
+def _tensor_sizes(config: Config) -> list[int]:
+    return _divisors(math.gcd(*(size for _, size in _split_by_tensor(config))) or 1)
+
+
+def _working_tensor_size(config: Config) -> int:
+    return nearest(config.parallel.tensor_model_parallel_size, _tensor_sizes(config))
+
+
+def _working_pipeline_size(config: Config) -> int:
+    return nearest(config.parallel.pipeline_model_parallel_size, _divisors(max(1, config.model.num_layers)))
+
+
+def _listing(values: list[int]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return shown if len(values) <= 8 else f"{shown}, ..."
+
+
+# Launch and machine --------------------------------------------------------------------------------------------------
+
+
+def _launch(config: Config, world_size: int) -> Iterable[Problem]:
+    tensor, pipeline, context = _sizes(config)
+    model_parallel = tensor * pipeline * context
+    if min(tensor, pipeline, context) >= 1 and world_size % model_parallel == 0:
+        yield from _batch(config, world_size // model_parallel)
+        return
+    # A size that was refused above must not end in a launch line that would be refused again: count with the
+    # values that the other remedies propose.
+    ranks = _working_tensor_size(config) * _working_pipeline_size(config)
+    if min(tensor, pipeline, context) >= 1:
+        key = max(
+            ("parallel.tensor_model_parallel_size", tensor),
+            ("parallel.pipeline_model_parallel_size", pipeline),
+            key=lambda item: item[1],
+        )[0]
+        yield Problem(
+            key,
+            f"tensor {tensor} x pipeline {pipeline} x context {context} = {model_parallel} does not divide "
+            f"the {world_size} {'rank that is' if world_size == 1 else 'ranks that are'} launched",
+            f"start `torchrun --nproc-per-node {ranks} train.py ...`"
+            if ranks > 1
+            else "use parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1",
+        )
+    yield from _batch(config, data_parallel_size=max(1, world_size // ranks))
+
+
+def _batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
+    micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    if micro < 1 or total < 1 or total % (micro * data_parallel_size) == 0:
+        return
+    ranks = f" x {data_parallel_size} data-parallel ranks" if data_parallel_size > 1 else ""
+    remedy = f"use train.global_batch_size={_multiple_of(total, micro * data_parallel_size)}"
+    if total % data_parallel_size == 0:
+        remedy = f"use train.micro_batch_size={nearest(micro, _divisors(total // data_parallel_size))}, or {remedy[4:]}"
+    yield Problem(
+        "train.micro_batch_size",
+        f"{micro}{ranks} {'do' if ranks else 'does'} not divide train.global_batch_size={total}",
+        remedy,
+    )
+
+
+def _paths(config: Config) -> Iterable[Problem]:
+    hf_path, corpus = config.init.hf_path, config.data.corpus
+    if hf_path is not None and not (Path(hf_path) / "config.json").is_file():
+        what = "holds no config.json" if Path(hf_path).is_dir() else "is not a folder"
+        yield Problem(
+            "init.hf_path",
+            f"{hf_path} {what}",
+            "give the folder of a Hugging Face checkpoint (Ministral3 or NLD), or null for random weights",
+        )
+    if corpus.strip() and corpus not in SHIPPED_CORPORA and not Path(corpus).is_dir():
+        guess = difflib.get_close_matches(corpus, SHIPPED_CORPORA, n=1)
+        remedy = f"use a shipped corpus ({', '.join(SHIPPED_CORPORA)}) or the folder of a prepared one"
+        yield Problem(
+            "data.corpus",
+            f"{corpus} is neither a shipped corpus nor a folder",
+            f"did you mean data.corpus={guess[0]}? Else {remedy}" if guess else remedy,
+        )
+    run_dir = Path(config.run.dir)
+    if config.run.dir.strip() and run_dir.exists() and not run_dir.is_dir():
+        yield Problem("run.dir", f"{run_dir} is a file", "give a folder, or a name that does not exist yet")

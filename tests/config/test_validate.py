@@ -1,0 +1,265 @@
+"""Each rule between values refuses what it should, names the nearest value that works, and that value works."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from nld_train.config.compose import compose
+from nld_train.config.schema import AttentionBackend, Config, Device
+from nld_train.config.validate import nearest, validate
+from nld_train.errors import ConfigError, Problem
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Config:
+    return compose([])
+
+
+def changed(config: Config, **values) -> Config:
+    """A copy with ``section__field=value`` set."""
+    config = copy.deepcopy(config)
+    for path, value in values.items():
+        *parents, name = path.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent] if isinstance(node, dict) else getattr(node, parent)
+        setattr(node, name, value)
+    return config
+
+
+def at(problems: Iterable[Problem], location: str) -> Problem:
+    found = [problem for problem in problems if problem.location == location]
+    assert len(found) == 1, [str(problem) for problem in problems]
+    return found[0]
+
+
+def test_the_default_is_valid(tiny: Config):
+    assert validate(tiny, world_size=1) == []
+    assert validate(tiny, world_size=2) == []
+    assert validate(tiny, world_size=None) == []
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_VALUES = [
+    ("run.seed", -1),
+    ("run.seed", 2**31),
+    ("run.dir", " "),
+    ("model.num_layers", 0),
+    ("model.hidden_size", 0),
+    ("model.ffn_hidden_size", -4),
+    ("model.num_attention_heads", 0),
+    ("model.num_key_value_heads", 0),
+    ("model.head_dim", 0),
+    ("model.head_dim", 63),
+    ("model.vocab_size", 260),
+    ("model.max_position_embeddings", 0),
+    ("model.rms_norm_eps", 0.0),
+    ("model.initializer_range", -0.1),
+    ("model.rope.rope_theta", 0.0),
+    ("model.rope.factor", 0.0),
+    ("model.rope.factor", NAN),
+    ("model.rope.original_max_position_embeddings", 0),
+    ("model.rope.beta_fast", 1.0),
+    ("model.rope.beta_slow", 0.0),
+    ("model.rope.mscale", 0.0),
+    ("model.rope.mscale_all_dim", 0.0),
+    ("model.rope.llama_4_scaling_beta", -0.1),
+    ("objective.block_size", 0),
+    ("objective.block_size", 17),
+    ("objective.block_size", 512),
+    ("objective.mask_token_id", -1),
+    ("objective.mask_token_id", 4096),
+    ("objective.mask_token_id", 100),
+    ("objective.eps", 0.0),
+    ("objective.eps", 1.0),
+    ("objective.eps", NAN),
+    ("objective.diffusion_loss_weight", -0.3),
+    ("objective.diffusion_loss_weight", INF),
+    ("data.sequence_length", 0),
+    ("data.sequence_length", 262144 + 16),
+    ("data.corpus", ""),
+    ("data.corpus", "stdlb"),
+    ("data.corpus", "/no/such/folder"),
+    ("data.cache_dir", ""),
+    ("data.validation_fraction", 0.0),
+    ("data.validation_fraction", 1.0),
+    ("data.num_workers", -1),
+    ("train.global_batch_size", 0),
+    ("train.micro_batch_size", 0),
+    ("train.micro_batch_size", 3),
+    ("train.log_interval", 0),
+    ("train.validation_interval", 0),
+    ("train.validation_samples", 0),
+    ("parallel.tensor_model_parallel_size", 0),
+    ("parallel.pipeline_model_parallel_size", 0),
+    ("parallel.context_parallel_size", 0),
+    ("optim.beta1", 1.0),
+    ("optim.beta2", -0.1),
+    ("optim.eps", 0.0),
+    ("optim.weight_decay", -1.0),
+    ("optim.clip_grad", -1.0),
+    ("optim.clip_grad", INF),
+    ("stages.joint.diffusion_loss_weight", -1.0),
+    ("stages.joint.tokens", 0),
+    ("stages.joint.lr", 0.0),
+    ("stages.joint.lr", NAN),
+    ("stages.ar.min_lr", -1e-9),
+    ("stages.ar.min_lr", 1.0),
+    ("stages.ar.warmup_fraction", -0.1),
+    ("stages.ar.warmup_fraction", 1.1),
+    ("stages.ar.decay_fraction", 0.99),
+    ("checkpoint.interval_steps", -1),
+    ("checkpoint.interval_seconds", -1.0),
+    ("checkpoint.interval_seconds", 0.0),
+    ("checkpoint.keep_last", 0),
+    ("init.hf_path", "/no/such/folder"),
+    ("export.max_new_tokens", 0),
+    ("export.prompt", ""),
+    ("wandb.project", ""),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=lambda item: str(item))
+def test_a_bad_value_is_refused_by_name(tiny: Config, key: str, value):
+    problems = validate(changed(tiny, **{key.replace(".", "__"): value}), world_size=1)
+    located = [problem for problem in problems if problem.location == key]
+    # Both intervals at zero is reported at the first of the two.
+    if key == "checkpoint.interval_seconds" and value == 0.0:
+        located = [problem for problem in problems if problem.location == "checkpoint.interval_steps"]
+    assert len(located) == 1, [str(problem) for problem in problems]
+    assert located[0].remedy
+    shown = f"{value:g}" if value == 0.0 and key.startswith("checkpoint") else str(value).strip()
+    assert shown in located[0].message
+
+
+BATCH_OF_3 = ("train.global_batch_size=24",)  # for three data-parallel ranks
+
+
+def remedied(overrides: list[str], key: str, world_size: int) -> None:
+    """Doing what the remedy at ``key`` says makes the problem go away."""
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, world_size=world_size)
+    remedy = at(caught.value.problems, key).remedy
+    first = next(word.strip(",?") for word in remedy.split() if "=" in word and not word.startswith("`"))
+    changed_key = first.partition("=")[0]
+    compose([o for o in overrides if not o.startswith(f"{changed_key}=")] + [first], world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "world_size"),
+    [
+        (["objective.block_size=0"], "objective.block_size", 1),
+        (["objective.block_size=24"], "objective.block_size", 1),
+        (["objective.block_size=5000"], "objective.block_size", 1),
+        (["objective.mask_token_id=100"], "objective.mask_token_id", 1),
+        (["objective.eps=0"], "objective.eps", 1),
+        (["model.head_dim=63"], "model.head_dim", 1),
+        (["model.num_key_value_heads=3"], "model.num_key_value_heads", 1),
+        (["model.vocab_size=100"], "model.vocab_size", 1),
+        (["model.rope.beta_fast=0.5"], "model.rope.beta_fast", 1),
+        (["model.attention_backend=flex", "train.device=cpu"], "model.attention_backend", 1),
+        (["model.max_position_embeddings=128"], "data.sequence_length", 1),
+        (["train.micro_batch_size=3", "train.global_batch_size=4"], "train.micro_batch_size", 1),
+        (["train.micro_batch_size=8", "train.global_batch_size=16"], "train.micro_batch_size", 4),
+        (["train.micro_batch_size=3", "train.global_batch_size=7"], "train.micro_batch_size", 2),
+        (["parallel.tensor_model_parallel_size=3", *BATCH_OF_3], "parallel.tensor_model_parallel_size", 6),
+        (["parallel.pipeline_model_parallel_size=3", *BATCH_OF_3], "parallel.pipeline_model_parallel_size", 6),
+        (["parallel.context_parallel_size=2"], "parallel.context_parallel_size", 2),
+        (["optim.beta2=1"], "optim.beta2", 1),
+        (["optim.eps=0"], "optim.eps", 1),
+        (["data.validation_fraction=0"], "data.validation_fraction", 1),
+        (["data.corpus=stdlb"], "data.corpus", 1),
+        (["stages.ar.min_lr=1"], "stages.ar.min_lr", 1),
+        (["stages.ar.decay_fraction=0.99"], "stages.ar.decay_fraction", 1),
+        (["stages.ar.warmup_fraction=-0.2"], "stages.ar.warmup_fraction", 1),
+        (["stages.ar.lr=0"], "stages.ar.lr", 1),
+        (["checkpoint.interval_seconds=0"], "checkpoint.interval_steps", 1),
+        (["checkpoint.keep_last=0"], "checkpoint.keep_last", 1),
+        (["run.seed=-1"], "run.seed", 1),
+    ],
+    ids=lambda item: ",".join(item) if isinstance(item, list) else str(item),
+)
+def test_the_remedy_works(overrides: list[str], key: str, world_size: int):
+    remedied(overrides, key, world_size)
+
+
+def test_tensor_parallel_size_divides_what_megatron_splits(tiny: Config):
+    problem = at(validate(changed(tiny, parallel__tensor_model_parallel_size=3), world_size=3),
+                 "parallel.tensor_model_parallel_size")  # fmt: skip
+    assert "3 does not divide" in problem.message
+    for part in ("model.num_attention_heads=4", "model.num_key_value_heads=2", "model.vocab_size=4096"):
+        assert part in problem.message
+    assert "ffn" not in problem.message  # 768 = 3 * 256
+    config = changed(tiny, parallel__tensor_model_parallel_size=2, model__ffn_hidden_size=769)
+    assert "model.ffn_hidden_size=769" in at(validate(config, 2), "parallel.tensor_model_parallel_size").message
+
+
+def test_ranks(tiny: Config):
+    tensor = changed(tiny, parallel__tensor_model_parallel_size=2)
+    assert validate(tensor, world_size=2) == validate(tensor, world_size=4) == []
+    problem = at(validate(tensor, world_size=1), "parallel.tensor_model_parallel_size")
+    assert "torchrun --nproc-per-node 2 train.py" in problem.remedy
+    assert validate(tensor, world_size=3)[0].message.endswith("does not divide the 3 ranks that are launched")
+    both = changed(tensor, parallel__pipeline_model_parallel_size=4)
+    problem = at(validate(both, world_size=1), "parallel.pipeline_model_parallel_size")
+    assert "torchrun --nproc-per-node 8 train.py" in problem.remedy
+    assert validate(both, world_size=8) == []
+    # Looking at a configuration needs no ranks.
+    assert validate(both, world_size=None) == []
+
+
+def test_the_launch_line_counts_with_the_sizes_that_work(tiny: Config):
+    problems = validate(changed(tiny, parallel__tensor_model_parallel_size=3), world_size=1)
+    assert [problem.location for problem in problems] == ["parallel.tensor_model_parallel_size"] * 2
+    assert "parallel.tensor_model_parallel_size=2" in problems[0].remedy
+    assert "torchrun --nproc-per-node 2 train.py" in problems[1].remedy
+
+
+def test_data_parallel_ranks_share_the_global_batch(tiny: Config):
+    config = changed(tiny, train__global_batch_size=16, train__micro_batch_size=8)
+    assert validate(config, world_size=2) == []
+    problem = at(validate(config, world_size=4), "train.micro_batch_size")
+    assert "8 x 4 data-parallel ranks" in problem.message
+    assert "train.global_batch_size=16" in problem.message
+    # tensor-parallel ranks see the same sequences
+    assert validate(changed(config, parallel__tensor_model_parallel_size=2), world_size=4) == []
+
+
+def test_flex_is_for_gpus(tiny: Config):
+    flex = changed(tiny, model__attention_backend=AttentionBackend.flex)
+    assert validate(flex, 1) == []  # train.device=auto: decided where torch is known
+    assert validate(changed(flex, train__device=Device.cuda), 1) == []
+    assert at(validate(changed(flex, train__device=Device.cpu), 1), "model.attention_backend")
+
+
+def test_another_corpus_may_have_any_mask_token(tiny: Config, tmp_path: Path):
+    assert validate(changed(tiny, data__corpus=str(tmp_path), objective__mask_token_id=100), 1) == []
+
+
+def test_init_needs_a_checkpoint(tiny: Config, tmp_path: Path):
+    config = changed(tiny, init__hf_path=str(tmp_path))
+    assert "holds no config.json" in at(validate(config, 1), "init.hf_path").message
+    (tmp_path / "config.json").write_text("{}")
+    assert validate(config, 1) == []
+    assert validate(changed(tiny, init__hf_path="/no/such"), world_size=None) == []
+
+
+def test_run_dir_is_a_folder(tiny: Config, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in at(validate(changed(tiny, run__dir=str(file)), 1), "run.dir").message
+    assert validate(changed(tiny, run__dir=str(tmp_path)), 1) == []
+
+
+def test_stages_exist_and_have_plain_names(tiny: Config):
+    config = copy.deepcopy(tiny)
+    config.stages["bad name"] = config.stages.pop("ar")
+    assert at(validate(config, 1), "stages.bad name")
+    config.stages.clear()
+    assert at(validate(config, 1), "stages")
+
+
+def test_nearest():
+    assert [nearest(value, [1, 2, 4, 8]) for value in (-3, 0, 3, 5, 6, 7, 100)] == [1, 1, 2, 4, 4, 8, 8]
