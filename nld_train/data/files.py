@@ -1,0 +1,85 @@
+"""Files that several processes share: locks, folders that appear whole or not at all, hashes."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Answers of file systems that have no locks at all (some parallel file systems are mounted so).
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the kernel releases it when its owner dies.
+
+    The lock saves doubled work and nothing more: what is built under it is published by :func:`publish_folder`, which
+    is correct without it. So a file system without locks is no error.
+
+    Args:
+        path: the lock file, created if missing and left behind.
+        on_wait: called once if another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder under a temporary name; on success it appears under its own name, complete and on disk.
+
+    If another process was faster, its folder stays (both hold the same: the names carry content hashes) and this one is
+    dropped. Call it with the lock of ``folder`` held: remains of killed processes on this host are then removed.
+
+    Yields:
+        the temporary folder, on the same file system as ``folder``.
+    """
+    prefix = f".{folder.name}.tmp-{socket.gethostname()}-"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = folder.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            _fsync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes; memory stays flat."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,208 @@
+"""Micro-batches for one data-parallel rank: read, checked and noised in worker processes.
+
+B sequences in a micro-batch, L tokens in a sequence. Everything in a batch is on the CPU.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nld_train.data.dataset import SampleSource
+from nld_train.errors import ConfigError, DataError, Problem
+from nld_train.objective.noise import Corruption, NoiseSpec, corrupt
+
+
+@dataclass(slots=True, kw_only=True)
+class LoaderBatch:
+    """One micro-batch.
+
+    ``tokens`` and ``labels`` (the next tokens) int64 [B, L]; ``loss_mask`` float32 [B, L], 1 where the label is
+    supervised; ``stream_positions`` int64 [B], each sample's place in the stream; ``corruption``: the noisy copy, None
+    in a stage without the diffusion loss.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    stream_positions: Tensor
+    corruption: Corruption | None
+
+
+class TrainLoader:
+    """The micro-batches of one rank for one stage (or one validation pass), in order.
+
+    With G = ``global_batch_size``, step k (counted from here) holds samples ``consumed_samples + [k*G, (k+1)*G)`` of
+    the source; number ``(m * data_parallel_size + rank) * micro_batch_size + j`` of them is the j-th of micro-batch m
+    of a rank. So a step holds the same samples with the same noise however it is cut. Iterating yields
+    ``num_micro_batches`` batches per step, and can be stopped and begun again: it continues at ``consumed_samples``.
+
+    Args:
+        source: a :class:`~nld_train.data.dataset.TrainStream` or a :class:`~nld_train.data.dataset.ValidationSet`.
+        micro_batch_size: B.
+        global_batch_size: G, sequences of a step over all ranks.
+        data_parallel_rank: of this process.
+        data_parallel_size: ranks that share a global batch.
+        consumed_samples: first sample of the source to read; any number.
+        num_steps: steps until the iteration ends; None: it never ends. (It also keeps the workers from reading ahead,
+            beyond the end of a stage.)
+        noise: how the noisy copy is made; None: no noisy copy.
+        num_workers: processes that read ahead; 0: read in this process.
+
+    Raises:
+        ConfigError: the global batch cannot be cut into micro-batches.
+        DataError: while iterating, from the source.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        consumed_samples: int = 0,
+        num_steps: int | None = None,
+        noise: NoiseSpec | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        per_round = micro_batch_size * data_parallel_size
+        if micro_batch_size < 1 or data_parallel_size < 1 or global_batch_size < 1 or global_batch_size % per_round:
+            problem = Problem(
+                "train.global_batch_size",
+                f"{global_batch_size} is not a multiple of train.micro_batch_size {micro_batch_size} x data-parallel "
+                f"size {data_parallel_size} = {per_round}",
+                "choose sizes that divide (for a validation pass the global batch is train.validation_samples)",
+            )
+            raise ConfigError([problem])
+        if not 0 <= data_parallel_rank < data_parallel_size or consumed_samples < 0 or num_workers < 0:
+            raise ValueError(
+                f"out of range: data_parallel_rank {data_parallel_rank} of {data_parallel_size}, "
+                f"consumed_samples {consumed_samples}, num_workers {num_workers}"
+            )
+        self.num_micro_batches = global_batch_size // per_round
+        self._consumed_samples = consumed_samples
+        self._remaining_steps = num_steps
+        self._global_batch_size = global_batch_size
+        self._num_workers = num_workers
+        self._batches = _MicroBatches(source, micro_batch_size, data_parallel_rank, data_parallel_size, noise)
+
+    @property
+    def consumed_samples(self) -> int:
+        """The resume state: samples of the source in the steps whose micro-batches were all handed out."""
+        return self._consumed_samples
+
+    def __iter__(self) -> Iterator[LoaderBatch]:
+        starts = _step_starts(self._consumed_samples, self._global_batch_size, self._remaining_steps)
+        keys = ((start, micro_batch) for start in starts for micro_batch in range(self.num_micro_batches))
+        for number, batch in enumerate(self._read(keys), start=1):
+            if isinstance(batch, Problem):
+                raise DataError(batch.location, batch.message, batch.remedy)
+            if number % self.num_micro_batches == 0:
+                self._consumed_samples += self._global_batch_size
+                if self._remaining_steps is not None:
+                    self._remaining_steps -= 1
+            yield batch
+
+    def _read(self, keys: Iterable[tuple[int, int]]) -> Iterable[LoaderBatch | Problem]:
+        if self._num_workers == 0:
+            return map(self._batches.__getitem__, keys)
+        packed = DataLoader(
+            _Packed(self._batches),
+            sampler=keys,
+            batch_size=None,  # an item is a whole micro-batch
+            collate_fn=_as_it_is,
+            num_workers=self._num_workers,
+            # Forked workers start at once, with the files already mapped; torch gives each a single thread.
+            multiprocessing_context="fork",
+            # Its own generator: the default one would be advanced, differently in a run that was resumed.
+            generator=torch.Generator(),
+        )
+        return map(_unpack, packed)
+
+
+class _MicroBatches(Dataset[LoaderBatch | Problem]):
+    """Micro-batches by (first sample of the step, number of the micro-batch): a pure function, in any process."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        noise: NoiseSpec | None,
+    ) -> None:
+        self._source = source
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._data_parallel_size = data_parallel_size
+        self._noise = noise
+
+    def __getitem__(self, key: tuple[int, int]) -> LoaderBatch | Problem:
+        """A DataError comes back as its problem: raised in a worker, it would arrive as a RuntimeError."""
+        step_start, micro_batch = key
+        first = step_start + (micro_batch * self._data_parallel_size + self._rank) * self._micro_batch_size
+        try:
+            samples = [self._source[index] for index in range(first, first + self._micro_batch_size)]
+        except DataError as error:
+            return error.problems[0]
+        tokens = torch.stack([sample["tokens"] for sample in samples])
+        positions = torch.tensor([sample["stream_position"] for sample in samples], dtype=torch.int64)
+        return LoaderBatch(
+            tokens=tokens,
+            labels=torch.stack([sample["labels"] for sample in samples]),
+            loss_mask=torch.stack([sample["loss_mask"] for sample in samples]),
+            stream_positions=positions,
+            corruption=None if self._noise is None else corrupt(tokens, positions, self._noise),
+        )
+
+
+# The four arrays of a batch, and the three of its noisy copy if it has one.
+_PackedBatch = tuple[np.ndarray, ...] | Problem
+
+
+class _Packed(Dataset[_PackedBatch]):
+    """Micro-batches as arrays: these travel through a pipe, while torch would open a shared file for every tensor,
+    which costs more than the reading does."""
+
+    def __init__(self, batches: _MicroBatches) -> None:
+        self._batches = batches
+
+    def __getitem__(self, key: tuple[int, int]) -> _PackedBatch:
+        batch = self._batches[key]
+        if isinstance(batch, Problem):
+            return batch
+        fields = [batch.tokens, batch.labels, batch.loss_mask, batch.stream_positions]
+        if batch.corruption is not None:
+            fields += [batch.corruption.noisy_tokens, batch.corruption.is_noised, batch.corruption.p_mask]
+        return tuple(field.numpy() for field in fields)
+
+
+def _unpack(packed: _PackedBatch) -> LoaderBatch | Problem:
+    if isinstance(packed, Problem):
+        return packed
+    tokens, labels, loss_mask, stream_positions, *noise = (torch.from_numpy(field) for field in packed)
+    return LoaderBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        stream_positions=stream_positions,
+        corruption=Corruption(*noise) if noise else None,
+    )
+
+
+def _step_starts(first: int, step_size: int, num_steps: int | None) -> Iterable[int]:
+    """First sample of each step."""
+    if num_steps is None:
+        return itertools.count(first, step_size)
+    return range(first, first + num_steps * step_size, step_size)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
