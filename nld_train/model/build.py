@@ -1,0 +1,185 @@
+"""Build the model: Megatron's GPTModel with our attention core, norm and loss head, and its initial weights."""
+
+import hashlib
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfig
+from nld_train.model.attention import JointAttention
+from nld_train.model.head import LossHead, WeightedRows
+from nld_train.model.layer_spec import decoder_layer_spec, decoder_spec
+from nld_train.model.rope import RotaryEmbedding
+from nld_train.objective.sequence import SequenceLayout
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a Ministral3-shaped decoder.
+
+    Args:
+        dtype: of parameters and activations: bfloat16, float32, or float64 (float64 for verification only: Megatron's
+            optimizer does not take it).
+    """
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.initializer_range,
+        perform_initialization=False,  # initialize_weights draws them, the same in every parallel layout
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        autocast_dtype=dtype,
+        # The only divisor of the losses is the global token count, applied once in finalize_model_grads.
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        # These name CUDA extensions of Apex; without them Megatron raises when it builds a layer.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+class NLDModel(GPTModel):
+    """Megatron's GPTModel whose decoder reads a :class:`SequenceLayout` and whose head returns losses.
+
+    Rotary embedding and block mask depend on the layout, so both are applied inside the attention core; GPTModel's
+    own position embedding is off.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        backend: AttentionBackend,
+        *,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        attention = ModuleSpec(
+            module=JointAttention,
+            params={"rotary": RotaryEmbedding(model.rope, model.head_dim), "backend": backend},
+        )
+        super().__init__(
+            config,
+            decoder_spec(decoder_layer_spec(attention), get_num_layers_to_build(config)),  # type: ignore[arg-type]
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+        )
+        if post_process:
+            self.output_layer = LossHead(config, model.vocab_size)
+
+    def forward(self, tokens: Tensor, layout: SequenceLayout, selected: WeightedRows | None = None) -> Any:
+        """One micro-batch through the layers of this pipeline stage.
+
+        Args:
+            tokens: int64 [B, S] (read on the first pipeline stage only).
+            layout: what each of the S rows is.
+            selected: rows that enter the loss (read on the last stage only); None asks the last stage for logits.
+
+        Returns:
+            hidden states [S, B, H] on every stage but the last; there what :meth:`LossHead.forward` returns.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens, position_ids=None)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=layout)
+        if not self.post_process:
+            return hidden
+        return self.output_layer(hidden, selected)
+
+
+def global_parameter_name(model: NLDModel, local_name: str) -> str:
+    """Name of a parameter in the whole model: pipeline stages count their own layers from 0."""
+    parts = local_name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def tensor_parallel_slice(name: str, full: Tensor, rank: int, size: int) -> Tensor:
+    """This tensor-parallel rank's part of a whole parameter.
+
+    Rows for column-parallel layers, embedding and head; columns for row-parallel layers; the gated ``linear_fc1``
+    holds [gate; up], and every rank takes its rows of both. Norm weights are on every rank.
+    """
+    if size == 1 or full.dim() == 1:
+        return full
+    if name.endswith("mlp.linear_fc1.weight"):
+        gate, up = full.chunk(2, dim=0)
+        return torch.cat([gate.chunk(size, dim=0)[rank], up.chunk(size, dim=0)[rank]])
+    return full.chunk(size, dim=partition_dim(name))[rank]
+
+
+def partition_dim(name: str) -> int:
+    """Dimension in which a matrix is cut over tensor-parallel ranks: 1 for row-parallel layers, else 0."""
+    return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
+
+
+@torch.no_grad()
+def initialize_weights(model: NLDModel, *, seed: int, std: float) -> None:
+    """Draw N(0, std) for every matrix and 1 for every norm, as a pure function of (seed, parameter name).
+
+    Every rank draws the whole tensor and keeps its part, so all parallel layouts start from the same weights.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for local_name, parameter in model.named_parameters():
+        name = global_parameter_name(model, local_name)
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        dim = partition_dim(name)
+        # Megatron 0.16 sets these only where it draws the weights itself (0.19 always); without them the gradient norm
+        # would count the first tensor-parallel rank alone.
+        if not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:8], "little"))
+        shape = list(parameter.shape)
+        shape[dim] *= size
+        full = torch.empty(shape, dtype=torch.float32, device=parameter.device).normal_(0.0, std, generator=generator)
+        parameter.copy_(tensor_parallel_slice(name, full, rank, size))
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> NLDModel:
+    """This rank's part of the model, on ``device``, with weights drawn from ``seed``."""
+    config = transformer_config(model, parallel, dtype)
+    built = NLDModel(
+        config,
+        model,
+        model.attention_backend,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).to(device)
+    initialize_weights(built, seed=seed, std=model.initializer_range)
+    return built

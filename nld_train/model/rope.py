@@ -1,0 +1,151 @@
+"""YaRN rotary position embedding and the query scaling of Ministral3, bit-equal to transformers' tables.
+
+Positions count inside each half: with a noisy half, rows l and L + l share position l.
+
+Dimensions: S rows (L, or 2L with a noisy half), L clean tokens, B sequences, H query heads, K key-value heads, D head
+dimension.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from nld_train.config.schema import RopeConfig
+from nld_train.objective.sequence import SequenceLayout
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTables:
+    """Tables for positions 0..L-1, in the dtype of the queries.
+
+    ``cos``, ``sin`` [L, D]; both halves of D hold the same numbers. ``query_scale`` [L]; None where it is 1 throughout.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None
+
+
+class RotaryEmbedding:
+    """Rotates queries and keys, then scales queries by 1 + beta * log(1 + floor(position / original maximum)).
+
+    A plain object, shared by all layers: it has no parameters, and nothing of it belongs in a checkpoint.
+
+    Args:
+        config: ``rope_parameters`` of the checkpoint.
+        head_dim: D, even.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        if head_dim <= 0 or head_dim % 2:
+            raise ValueError(f"model.head_dim {head_dim}: rotary embedding needs a positive even head dimension")
+        self.config = config
+        self.head_dim = head_dim
+        self.inverse_frequencies = _yarn_inverse_frequencies(config, head_dim)
+        self.attention_factor = _attention_factor(config)
+        self._tables: dict[tuple[int, torch.device, torch.dtype], RotaryTables] = {}
+
+    def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
+        """Tables for ``length`` positions; built on first use, then shared (do not write to them)."""
+        key = (length, device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._build_tables(length, device, dtype)
+        return self._tables[key]
+
+    @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
+    @torch.no_grad()
+    def _build_tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
+        positions = torch.arange(length, device=device).to(torch.float32)
+        angles = positions[:, None] * self.inverse_frequencies.to(device)
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        periods = torch.floor(positions / self.config.original_max_position_embeddings)
+        query_scale = 1 + self.config.llama_4_scaling_beta * torch.log(1 + periods)
+        is_one = bool((query_scale == 1).all())
+        return RotaryTables(cos.to(dtype), sin.to(dtype), None if is_one else query_scale.to(dtype))
+
+    def apply(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Rotated and scaled query, rotated key, both contiguous in Megatron's order.
+
+        Args:
+            query: [S, B, H, D].
+            key: [S, B, K, D].
+            layout: what the S rows are.
+        """
+        if query.shape[0] != layout.num_rows or query.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"query {list(query.shape)} does not fit S = {layout.num_rows} rows and head dimension {self.head_dim}"
+            )
+        tables = self.tables(layout.clean_length, query.device, query.dtype)
+        query = _Rotate.apply(query, tables.cos, tables.sin)
+        key = _Rotate.apply(key, tables.cos, tables.sin)
+        if tables.query_scale is not None:
+            query = query * tables.query_scale.repeat(layout.num_halves)[:, None, None, None]
+        return query, key
+
+
+class _Rotate(torch.autograd.Function):
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) on the two halves of D.
+
+    Its gradient is the rotation by the opposite angle, so no activation has to be kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [S, B, heads, D], tables [L, D] -> contiguous [S, B, heads, D]; products are rounded before they are added."""
+    length, dim = cos.shape
+    cos, sin = cos[:, None, None, : dim // 2], sin[:, None, None, : dim // 2]
+    rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x1, x2 = x.unflatten(0, (-1, length)).chunk(2, dim=-1)
+    y1, y2 = rotated.unflatten(0, (-1, length)).chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).sub_(x2 * sin)
+    torch.mul(x2, cos, out=y2).add_(x1 * sin)
+    return rotated
+
+
+def _yarn_inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """float32 [D / 2] on the CPU: angle per position.
+
+    Fast frequencies keep their value, slow ones are divided by ``factor``, and between the dimensions where a
+    wavelength fits ``beta_fast`` and ``beta_slow`` times into the original context the two are mixed. The bounds of
+    that range are rounded outwards to whole dimensions; unrounded ones give other frequencies.
+    """
+
+    def dimension_with(rotations: float) -> float:
+        wavelengths = config.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return (head_dim * math.log(wavelengths)) / (2 * math.log(config.rope_theta))
+
+    low: float = max(math.floor(dimension_with(config.beta_fast)), 0)
+    high: float = min(math.ceil(dimension_with(config.beta_slow)), head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ramp
+    powers = config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    # Mixed in this order, with 1 - keep rather than ramp, to round as transformers does.
+    return 1.0 / (config.factor * powers) * (1 - keep) + 1.0 / powers * keep
+
+
+def _attention_factor(config: RopeConfig) -> float:
+    """What cos and sin are multiplied by; 1 where mscale equals mscale_all_dim."""
+
+    def magnitude(mscale: float) -> float:
+        return 1.0 if config.factor <= 1 else 0.1 * mscale * math.log(config.factor) + 1.0
+
+    if config.mscale and config.mscale_all_dim:
+        return magnitude(config.mscale) / magnitude(config.mscale_all_dim)
+    return magnitude(1.0)

@@ -1,0 +1,104 @@
+"""Megatron-Core without a GPU: the one place that makes its CUDA names mean the CPU.
+
+Megatron-Core names CUDA in some hundreds of places but hardly depends on it: with the few redirections below its real
+engine (GPTModel, DistributedDataParallel, DistributedOptimizer, pipeline schedules, dist_checkpointing) runs on the
+CPU over gloo, with no patched source. :func:`enter` is called once per process by
+:func:`nld_train.platform.device.initialize_device`, before Megatron modules are built, and only where there is no GPU
+in use.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_active: "_CudaMeansCpu | None" = None
+
+
+def _to_cpu(device: Any) -> Any:
+    """Map any spelling of a CUDA device to the CPU; leave everything else alone."""
+    is_cuda = (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+    return _CPU if is_cuda else device
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in torch calls to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizer sorts parameters by this string: "torch.FloatTensor" -> "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
+        if func is Tensor.to and len(args) > 1:
+            args = (args[0], _to_cpu(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """Stands in for a CUDA stream: on the CPU everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+def _no_operation() -> Callable[..., None]:
+    # One function per name: torch.compile keeps a rule per function object and refuses one object under two names.
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    return nothing
+
+
+def _run_now(callable_: Callable[[], Any], **kwargs: Any) -> None:
+    callable_()
+
+
+def enter() -> None:
+    """Make CUDA names mean the CPU for the rest of this process. Idempotent."""
+    global _active
+    if _active is not None:
+        return
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, _no_operation())
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda *args, **kwargs: _Stream()
+    cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.default_generators = {_CPU: torch.default_generator}
+    # Megatron defers RNG writes until CUDA is initialised; here that never happens, so they run at once.
+    megatron_random._lazy_call = _run_now  # type: ignore[assignment]
+    _active = _CudaMeansCpu()
+    _active.__enter__()

@@ -1,0 +1,406 @@
+"""Attention backends against a softmax written out, in values and gradients; what a changed token may change."""
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from megatron.core.transformer.attention import CoreAttentionBuilder
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nld_train.config.schema import AttentionBackend, RopeConfig
+from nld_train.errors import ConfigError
+from nld_train.model.attention import (
+    JointAttention,
+    causal_attention,
+    chunked_attention,
+    dense_attention,
+    flex_attention,
+    joint_attention,
+    resolve_backend,
+)
+from nld_train.model.rope import RotaryEmbedding
+from nld_train.objective.masks import dense_block_mask
+from nld_train.objective.sequence import SequenceLayout
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+Attention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
+) -> Tensor:
+    """The slow, obvious reference; its mask is checked against the table in tests/objective/test_masks.py."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale
+    scores = scores.masked_fill(~dense_block_mask(layout, query.device), -math.inf)
+    return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(dim=-1), value)
+
+
+def make_inputs(
+    layout: SequenceLayout, batch: int, heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, seed: int = 0
+) -> Inputs:
+    """query, key, value, output gradient; queries large enough for peaked, uneven probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, count, layout.num_rows, dim) for count in (heads, kv_heads, kv_heads, heads)]
+    query, key, value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    query, key, value = ((x * f).to(dtype).requires_grad_() for x, f in ((query, 3), (key, 1), (value, 1)))
+    return query, key, value, grad.to(dtype)
+
+
+def run(attention: Attention, inputs: Inputs, layout: SequenceLayout) -> list[Tensor]:
+    *tensors, grad = inputs
+    out = attention(*tensors, layout)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), actual, expected, strict=True):
+        assert a.dtype == dtype
+        assert a.shape == b.shape
+        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+def assert_equals_written_out(attention: Attention, layout: SequenceLayout, inputs: Inputs) -> None:
+    """bf16 is compared with the float64 result of the same (rounded) inputs."""
+    dtype = inputs[0].dtype
+    exact_dtype = torch.float64 if dtype == torch.bfloat16 else dtype
+    exact = tuple(x.detach().to(exact_dtype).requires_grad_() for x in inputs)
+    assert_close(run(attention, inputs, layout), run(written_out, (*exact[:3], exact[3].detach()), layout), dtype)
+
+
+# ------------------------------------------------------------------------------------------------ values and gradients
+
+SHAPES = [  # L, block, B, H, K, D
+    (8, 4, 2, 2, 2, 8),
+    (8, 8, 1, 4, 1, 4),
+    (96, 16, 2, 4, 2, 16),  # less than a chunk
+    (128, 1, 1, 2, 1, 8),  # exactly one
+    (256, 2, 1, 4, 4, 8),
+    (160, 32, 2, 4, 1, 16),  # a short last chunk
+    (240, 48, 1, 4, 2, 12),  # blocks that do not divide 128
+    (320, 160, 1, 2, 1, 8),  # blocks larger than a chunk
+    (640, 32, 1, 4, 2, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("length", "block_size", "batch", "heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+def test_joint_backends_equal_the_written_out_softmax(
+    attention: Attention,
+    length: int,
+    block_size: int,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+):
+    layout = SequenceLayout(length, block_size, has_noisy_half=True)
+    inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
+    assert_equals_written_out(attention, layout, inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("length", "_block", "batch", "heads", "kv_heads", "dim"), SHAPES[:6])
+def test_causal_backends_equal_the_written_out_softmax(
+    length: int, _block: int, batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+):
+    layout = SequenceLayout(length, 1, has_noisy_half=False)
+    inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
+    for attention in (dense_attention, lambda query, key, value, _: causal_attention(query, key, value)):
+        assert_equals_written_out(attention, layout, inputs)
+
+
+def test_random_shapes():
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
+    for _ in range(12):
+        block_size = rng.randint(1, 70)
+        layout = SequenceLayout(block_size * rng.randint(1, max(1, 400 // block_size)), block_size, True)
+        kv_heads, dim = rng.randint(1, 3), rng.randint(1, 20)
+        print(layout, kv_heads, dim)
+        heads = kv_heads * rng.randint(1, 4)
+        inputs = make_inputs(
+            layout, rng.randint(1, 3), heads, kv_heads, dim, dtype=torch.float64, seed=rng.randrange(2**32)
+        )
+        assert_equals_written_out(chunked_attention, layout, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_chunked_attention_reads_any_strides(dtype: torch.dtype):
+    """Megatron's [S, B, H, D] seen as [B, H, S, D], value a slice of a fused projection, an expanded gradient."""
+    layout = SequenceLayout(160, 32, has_noisy_half=True)
+    inputs = make_inputs(layout, 2, 4, 2, 8, dtype=dtype)
+    expected = run(chunked_attention, (*inputs[:3], inputs[3][:1, :1].expand_as(inputs[3]).contiguous()), layout)
+    query, key = (x.detach().permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).requires_grad_() for x in inputs[:2])
+    value = torch.cat([inputs[2].detach()] * 3, dim=-1)[..., 8:16].requires_grad_()
+    assert not any(x.is_contiguous() for x in (query, key, value))
+    actual = run(chunked_attention, (query, key, value, inputs[3][:1, :1].expand_as(inputs[3])), layout)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_softmax_scale_reaches_every_backend():
+    for has_noisy_half in (True, False):
+        layout = SequenceLayout(160, 32, has_noisy_half)
+        inputs = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float64)
+        expected = run(lambda q, k, v, la: written_out(q, k, v, la, 0.7), inputs, layout)
+        for backend in (AttentionBackend.dense, AttentionBackend.chunked):
+            actual = run(
+                lambda q, k, v, la, backend=backend: joint_attention(q, k, v, la, backend, 0.7), inputs, layout
+            )
+            assert_close(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize(("length", "block_size"), [(128, 32), (96, 16)])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_forward_equals_the_written_out_softmax(length: int, block_size: int):
+    """Eager on the CPU: the mask, the scale and the grouping; torch has no backward for it here."""
+    layout = SequenceLayout(length, block_size, has_noisy_half=True)
+    query, key, value, _ = (x.detach() for x in make_inputs(layout, 2, 4, 2, 16, dtype=torch.float32))
+    actual = flex_attention(query, key, value, layout, softmax_scale=0.3)
+    expected = written_out(query, key, value, layout, softmax_scale=0.3)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+@pytest.mark.parametrize(("length", "block_size"), [(256, 32), (640, 16)])
+def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: bool):
+    layout = SequenceLayout(length, block_size, has_noisy_half)
+    inputs = make_inputs(layout, 2, 4, 2, 64, dtype=torch.bfloat16)
+    on_gpu = tuple(x.detach().cuda().requires_grad_() for x in inputs)
+    actual = run(
+        lambda q, k, v, la: joint_attention(q, k, v, la, AttentionBackend.flex),
+        (*on_gpu[:3], on_gpu[3].detach()),
+        layout,
+    )
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
+    assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
+
+
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32():
+    """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
+    layout = SequenceLayout(1024, 32, has_noisy_half=True)
+    inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
+
+    def errors(attention: Attention) -> list[float]:
+        return [
+            ((a.double() - b).norm() / b.norm()).item()
+            for a, b in zip(run(attention, inputs, layout), expected, strict=True)
+        ]
+
+    ours, dense = errors(chunked_attention), errors(dense_attention)
+    # Two rounded partial results instead of one: up to sqrt(2). Merged with bf16 weights it would be 1.6.
+    assert max(ours[0] / dense[0], ours[1] / dense[1]) < 1.42
+    # Eight chunks add to a key's gradient. Summed in bf16 it would be 1.2.
+    assert max(ours[2] / dense[2], ours[3] / dense[3]) < 1.0
+
+
+# ---------------------------------------------------------------------------------------------------- who sees whom
+
+
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+def test_clean_half_is_the_causal_run(attention: Attention):
+    layout = SequenceLayout(320, 32, has_noisy_half=True)
+    query, key, value, _ = make_inputs(layout, 2, 4, 2, 8, dtype=torch.float64)
+    clean = (x[:, :, 320:] for x in (query, key, value))
+    assert torch.allclose(
+        attention(query, key, value, layout)[:, :, 320:], causal_attention(*clean), rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("position", [0, 31, 32, 127, 128, 200, 319])
+def test_a_changed_clean_token_changes_no_noisy_row_of_its_own_or_an_earlier_block(attention: Attention, position: int):
+    layout = SequenceLayout(320, 32, has_noisy_half=True)
+    changed = changed_rows(attention, layout, 320 + position)
+    next_block = (position // 32 + 1) * 32
+    assert changed == {*range(next_block, 320), *range(320 + position, 640)}
+
+
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("position", [0, 31, 32, 127, 128, 319])
+def test_a_changed_noisy_token_changes_nothing_outside_its_block(attention: Attention, position: int):
+    layout = SequenceLayout(320, 32, has_noisy_half=True)
+    start = position // 32 * 32
+    assert changed_rows(attention, layout, position) == set(range(start, start + 32))
+
+
+def changed_rows(attention: Attention, layout: SequenceLayout, row: int) -> set[int]:
+    """Rows of the output that differ, in any bit, when query, key and value of one row change."""
+    with torch.no_grad():
+        query, key, value, _ = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float64)
+        before = attention(query, key, value, layout)
+        for x in (query, key, value):
+            x[:, :, row] += 0.5
+        after = attention(query, key, value, layout)
+    return set((before != after).any(dim=3).any(dim=1)[0].nonzero().flatten().tolist())
+
+
+# ------------------------------------------------------------------------------------------------ the Megatron module
+
+
+def make_module(
+    backend: AttentionBackend = AttentionBackend.auto, *, rope: RopeConfig | None = None, **overrides: float
+) -> JointAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        **{"attention_dropout": 0.0, **overrides},
+    )
+    return JointAttention(
+        config=config,
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+        rotary=RotaryEmbedding(RopeConfig(original_max_position_embeddings=50) if rope is None else rope, 8),
+        backend=backend,
+    )
+
+
+def module_inputs(layout: SequenceLayout, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(layout.num_rows, 2, heads, 8, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    return query, key, value
+
+
+def test_module_is_built_and_called_as_megatron_does():
+    """Keyword names of Megatron's builder protocol (make_module passes them), and nothing that enters a checkpoint."""
+    protocol = set(inspect.signature(CoreAttentionBuilder.__call__).parameters) - {"self"}
+    assert protocol <= set(inspect.signature(JointAttention.__init__).parameters)
+    module = make_module()
+    assert dict(module.state_dict()) == {}
+    assert [*module.named_buffers()] == []
+
+
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+@pytest.mark.parametrize("backend", [AttentionBackend.auto, AttentionBackend.dense, AttentionBackend.chunked])
+def test_module_rotates_scales_and_attends(backend: AttentionBackend, has_noisy_half: bool):
+    layout = SequenceLayout(160, 32, has_noisy_half)
+    module = make_module(backend)
+    query, key, value = module_inputs(layout)
+    out = module(query, key, value, None, attn_mask_type=AttnMaskType.causal, attention_bias=layout)
+    assert out.shape == (layout.num_rows, 2, 32)
+    assert out.is_contiguous()
+
+    # The same by complex numbers: dimension pair (d, d + 4) turns by position * frequency.
+    positions = torch.arange(160).repeat(layout.num_halves)
+    angles = (positions[:, None] * module.rotary.inverse_frequencies).double()
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.complex(x[..., :4], x[..., 4:]) * turn
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    scale = 1 + 0.1 * torch.log(1 + (positions // 50).double())
+    rotated = (rotate(query) * scale[:, None, None, None], rotate(key), value)
+    expected = written_out(*(x.permute(1, 2, 0, 3) for x in rotated), layout).permute(2, 0, 1, 3).flatten(2)
+    assert (out - expected).norm() < 1e-6 * expected.norm()  # tables are float32, as in transformers
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    gradients = torch.autograd.grad(out, (query, key, value), grad)
+    for a, b in zip(gradients, torch.autograd.grad(expected, (query, key, value), grad), strict=True):
+        assert (a - b).norm() < 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+def test_recomputing_the_attention_gives_the_same_gradients(has_noisy_half: bool):
+    """As Megatron's recomputation does: tensors as arguments, the layout by closure."""
+    layout = SequenceLayout(160, 32, has_noisy_half)
+    module = make_module()
+    inputs = module_inputs(layout)
+
+    def forward(*tensors: Tensor) -> Tensor:
+        return module(*tensors, None, attention_bias=layout)
+
+    stored = torch.autograd.grad(forward(*inputs).pow(2).sum(), inputs)
+    recomputed = checkpoint(forward, *inputs, use_reentrant=False).pow(2).sum()
+    for a, b in zip(torch.autograd.grad(recomputed, inputs), stored, strict=True):
+        assert torch.equal(a, b)
+    checkpoint(forward, *inputs, use_reentrant=True).pow(2).sum().backward()  # Megatron's own is of this kind
+    for x, b in zip(inputs, stored, strict=True):
+        assert torch.equal(x.grad, b)
+
+
+def test_training_works_after_validation_in_inference_mode():
+    layout = SequenceLayout(144, 16, has_noisy_half=True)
+    module = make_module(rope=RopeConfig(original_max_position_embeddings=33))
+    query, key, value = module_inputs(layout, torch.float32)
+    with torch.inference_mode():
+        first = module(query.detach(), key.detach(), value.detach(), None, attention_bias=layout)
+    out = module(query, key, value, None, attention_bias=layout)
+    assert torch.equal(first, out)
+    out.sum().backward()
+    assert query.grad is not None
+
+
+def test_a_call_without_layout_or_with_packed_sequences_is_refused():
+    layout = SequenceLayout(8, 4, has_noisy_half=True)
+    module, inputs = make_module(), module_inputs(layout)
+    with pytest.raises(TypeError, match=r"SequenceLayout .* got NoneType"):
+        module(*inputs, None)
+    with pytest.raises(TypeError, match="packed_seq_params"):
+        module(*inputs, None, attention_bias=layout, packed_seq_params=object())
+    with pytest.raises(ValueError, match=r"\[16, 2, 4, 8\].*S = 8"):
+        module(*inputs, None, attention_bias=SequenceLayout(8, 4, has_noisy_half=False))
+
+
+def test_dropout_and_context_parallelism_are_refused():
+    with pytest.raises(ValueError, match=r"attention_dropout 0\.1"):
+        make_module(attention_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"parallel\.context_parallel_size"):
+        make_module(context_parallel_size=2)
+
+
+def test_backends_are_resolved_by_device():
+    auto, dense, chunked, flex = (AttentionBackend[name] for name in ("auto", "dense", "chunked", "flex"))
+    assert resolve_backend(auto, CPU) is chunked
+    assert resolve_backend(auto, CUDA) is flex
+    assert [resolve_backend(dense, device) for device in (CPU, CUDA)] == [dense, dense]
+    assert resolve_backend(chunked, CPU) is chunked
+    assert resolve_backend(flex, CUDA) is flex
+    with pytest.raises(
+        ConfigError, match=r"model.attention_backend: flex has no backward pass on cpu\n.*auto or dense"
+    ):
+        resolve_backend(flex, CPU)
+    with pytest.raises(ConfigError, match=r"model\.attention_backend: chunked is written for the CPU"):
+        resolve_backend(chunked, CUDA)
+    layout = SequenceLayout(8, 4, has_noisy_half=True)
+    query, key, value, _ = make_inputs(layout, 1, 2, 1, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"auto.* not resolved"):
+        joint_attention(query, key, value, layout, auto)
+    with pytest.raises(ValueError, match="use causal_attention"):
+        chunked_attention(query, key, value, SequenceLayout(16, 4, has_noisy_half=False))

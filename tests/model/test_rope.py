@@ -1,0 +1,156 @@
+"""Rotary tables and query scaling, bit for bit against transformers' Ministral3."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import Ministral3Config
+from transformers.models.ministral3.modeling_ministral3 import (
+    Ministral3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    get_llama_4_attn_scale,
+)
+
+from nld_train.config.schema import RopeConfig
+from nld_train.model.rope import RotaryEmbedding
+from nld_train.objective.sequence import SequenceLayout
+
+CPU = torch.device("cpu")
+
+
+def transformers_rope(config: RopeConfig, head_dim: int) -> Ministral3RotaryEmbedding:
+    return Ministral3RotaryEmbedding(
+        Ministral3Config(
+            hidden_size=4 * head_dim,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=head_dim,
+            rope_parameters={"rope_type": "yarn", **dataclasses.asdict(config)},
+        )
+    )
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("config", "head_dim"),
+    [
+        (RopeConfig(), 128),
+        (RopeConfig(rope_theta=1e9), 128),
+        (RopeConfig(), 16),
+        (RopeConfig(), 6),
+        (RopeConfig(), 80),
+        (RopeConfig(rope_theta=1e9), 36),
+        (RopeConfig(factor=1.0), 64),
+        (RopeConfig(factor=0.25, original_max_position_embeddings=4096), 128),
+        (RopeConfig(mscale=0.5, mscale_all_dim=2.0), 64),
+        (RopeConfig(mscale=0.0), 64),
+        (RopeConfig(rope_theta=2.0, original_max_position_embeddings=64), 64),
+        (RopeConfig(beta_fast=3.0, beta_slow=2.9), 64),
+        (RopeConfig(original_max_position_embeddings=6, beta_fast=4.0, rope_theta=1e4), 64),
+    ],
+    ids=str,
+)
+def test_tables_are_bit_equal_to_transformers(config: RopeConfig, head_dim: int, dtype: torch.dtype):
+    length = 20001
+    tables = RotaryEmbedding(config, head_dim).tables(length, CPU, dtype)
+    positions = torch.arange(length)[None]
+    cos, sin = transformers_rope(config, head_dim)(torch.empty(0, dtype=dtype), positions)
+    assert_same_bits(tables.cos, cos[0])
+    assert_same_bits(tables.sin, sin[0])
+
+
+def test_mscale_changes_the_attention_factor():
+    assert RotaryEmbedding(RopeConfig(), 64).attention_factor == 1.0
+    unequal = RotaryEmbedding(RopeConfig(mscale=0.5, mscale_all_dim=2.0), 64)
+    assert unequal.attention_factor == pytest.approx(1.1386294 / 1.5545177, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("original", "length"), [(16384, 16386), (10, 64), (7, 50)])
+def test_query_scale_on_both_sides_of_its_steps(original: int, length: int, dtype: torch.dtype):
+    config = RopeConfig(original_max_position_embeddings=original)
+    scale = RotaryEmbedding(config, 64).tables(length, CPU, dtype).query_scale
+    assert scale is not None
+    expected = get_llama_4_attn_scale(torch.arange(length)[None], config.llama_4_scaling_beta, original)
+    assert_same_bits(scale, expected[0, 0, :, 0].to(dtype))
+    assert (scale[:original] == 1).all()
+    assert scale[original] == torch.tensor(1 + 0.1 * math.log(2.0)).to(dtype)
+
+
+def test_no_query_scale_within_the_original_length():
+    assert RotaryEmbedding(RopeConfig(), 64).tables(16384, CPU, torch.float32).query_scale is None
+    assert (
+        RotaryEmbedding(RopeConfig(llama_4_scaling_beta=0.0), 64).tables(20000, CPU, torch.float32).query_scale is None
+    )
+
+
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_apply_equals_transformers_in_values_and_gradients(dtype: torch.dtype, has_noisy_half: bool):
+    """Including the rounding; the second half starts again at position 0."""
+    config, head_dim = RopeConfig(original_max_position_embeddings=8, mscale=0.5), 16
+    layout = SequenceLayout(24, 4, has_noisy_half)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    query, key = (random(layout.num_rows, 3, heads, head_dim).requires_grad_() for heads in (4, 2))
+    grads = [random(layout.num_rows, 3, heads, head_dim) for heads in (4, 2)]
+    rotated = RotaryEmbedding(config, head_dim).apply(query, key, layout)
+    actual = [*rotated, *torch.autograd.grad(rotated, (query, key), grads)]
+
+    positions = layout.position_ids()[None]
+    cos, sin = transformers_rope(config, head_dim)(query, positions)
+    query_t, key_t = (x.permute(1, 2, 0, 3) for x in (query, key))
+    query_t, key_t = apply_rotary_pos_emb(query_t, key_t, cos, sin)
+    query_t = query_t * get_llama_4_attn_scale(positions, config.llama_4_scaling_beta, 8).to(dtype)
+    reference = [query_t.permute(2, 0, 1, 3), key_t.permute(2, 0, 1, 3)]
+    reference += torch.autograd.grad(reference, (query, key), grads)
+    for a, b in zip(actual, reference, strict=True):
+        assert_same_bits(a, b)
+    assert all(x.is_contiguous() for x in rotated)
+
+
+def test_apply_takes_strided_slices_of_a_fused_projection():
+    layout = SequenceLayout(8, 4, has_noisy_half=True)
+    fused = torch.randn(16, 2, 6 * 8, generator=torch.Generator().manual_seed(0))
+    query, key, _ = (x.unflatten(-1, (2, 8)) for x in fused.chunk(3, dim=-1))
+    assert not query.is_contiguous()
+    rotary = RotaryEmbedding(RopeConfig(), 8)
+    for a, b in zip(
+        rotary.apply(query, key, layout), rotary.apply(query.contiguous(), key.contiguous(), layout), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_tables_are_shared_and_usable_for_training_after_inference_mode():
+    rotary = RotaryEmbedding(RopeConfig(original_max_position_embeddings=2), 8)
+    with torch.inference_mode():
+        tables = rotary.tables(8, CPU, torch.float32)
+    assert rotary.tables(8, CPU, torch.float32) is tables
+    assert rotary.tables(8, CPU, torch.bfloat16) is not tables
+    query = torch.randn(8, 1, 2, 8, requires_grad=True)
+    rotated, _ = rotary.apply(query, query, SequenceLayout(8, 4, has_noisy_half=False))
+    rotated.sum().backward()
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("head_dim", [0, -2, 7])
+def test_odd_head_dimensions_are_refused(head_dim: int):
+    with pytest.raises(ValueError, match=f"head_dim {head_dim}"):
+        RotaryEmbedding(RopeConfig(), head_dim)
+
+
+def test_rows_that_do_not_fit_the_layout_are_refused():
+    rotary, layout = RotaryEmbedding(RopeConfig(), 8), SequenceLayout(8, 4, has_noisy_half=True)
+    with pytest.raises(ValueError, match=r"\[8, 1, 2, 8\].*16"):
+        rotary.apply(torch.zeros(8, 1, 2, 8), torch.zeros(8, 1, 2, 8), layout)
+    with pytest.raises(ValueError, match="head dimension 8"):
+        rotary.apply(torch.zeros(16, 1, 2, 4), torch.zeros(16, 1, 2, 4), layout)
