@@ -1,0 +1,293 @@
+"""Conversion between Megatron checkpoints and Hugging Face folders, both through :mod:`.weight_map`."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as load_tensors
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
+from nld_train.checkpoint.manager import CheckpointInfo, read_info
+from nld_train.checkpoint.weight_map import NLD_FORM, WeightRule, weight_rules
+from nld_train.config.schema import ModelConfig
+from nld_train.errors import CheckpointError, ConfigError, Problem
+from nld_train.model.build import NLDModel, global_parameter_name, tensor_parallel_slice
+
+HF_REPO = Path(__file__).parent / "hf_repo"
+_CONFIGURATION_MODULE = "configuration_nemotron_labs_diffusion"
+_MODELING_MODULE = "modeling_nemotron_labs_diffusion"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tekken.json",
+)
+
+_SHAPE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope",
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` of the exported folder, with the rope fields the weights were trained with."""
+    model, rope = info.model, info.model.rope
+    objective = info.config.get("objective", {})
+    return {
+        "architectures": ["NemotronLabsDiffusionModel"],
+        "model_type": "nemotron_labs_diffusion",
+        "auto_map": {
+            "AutoConfig": f"{_CONFIGURATION_MODULE}.NemotronLabsDiffusionConfig",
+            "AutoModel": f"{_MODELING_MODULE}.NemotronLabsDiffusionModel",
+            "AutoModelForCausalLM": f"{_MODELING_MODULE}.NemotronLabsDiffusionModel",
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.initializer_range,
+        "rms_norm_eps": model.rms_norm_eps,
+        "attention_dropout": 0.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,  # Ministral3's default would freeze that row of the embedding in further training
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": rope.rope_theta,
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "max_position_embeddings": model.max_position_embeddings,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "mscale": rope.mscale,
+            "mscale_all_dim": rope.mscale_all_dim,
+            "llama_4_scaling_beta": rope.llama_4_scaling_beta,
+        },
+        "mask_token_id": objective.get("mask_token_id", 100),
+        "block_size": objective.get("block_size", 32),
+        "dlm_paradigm": "bidirectional",
+        "dlm_loss_weight": objective.get("diffusion_loss_weight", 0.3),
+        "ar_loss_weight": 1.0,
+        "dp_varying_mask_ratio": True,
+    }
+
+
+def _stored_tensor(checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
+    """One whole parameter from the distributed checkpoint, whatever layout wrote it."""
+    metadata = stored.get(rule.megatron)
+    if not isinstance(metadata, TensorStorageMetadata):
+        raise CheckpointError(
+            str(checkpoint), f"tensor {rule.megatron} is missing", "use a complete checkpoint of this model"
+        )
+    tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process": it is
+        load_tensors({rule.megatron: tensor}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    return tensor
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a Hugging Face folder of the NLD form from a training checkpoint of any parallel layout.
+
+    One process, one tensor in memory at a time; the folder appears under its name only when it is complete.
+
+    Args:
+        checkpoint: ``checkpoints/step_*`` of a run.
+        out: the folder to write.
+        dtype: of the written tensors; None: as stored.
+        max_shard_bytes: upper limit of one safetensors file.
+        tokenizer: folder whose tokenizer files are copied; None: the one the run was trained with.
+        overwrite: replace ``out`` where it exists.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: the checkpoint is not complete or ``out`` exists.
+    """
+    info = read_info(checkpoint)
+    if out.exists() and not overwrite:
+        raise CheckpointError(str(out), "exists already", "name another folder or pass --overwrite")
+    dtype = dtype or getattr(torch, info.dtype)
+    rules = list(weight_rules(info.model))
+    shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names(NLD_FORM), rule.shapes, strict=True)}
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for rule in rules:
+            parts = rule.split(_stored_tensor(checkpoint, rule, stored))
+            for name, part in zip(rule.hf_names(NLD_FORM), parts, strict=True):
+                yield name, part.to(dtype)
+
+    temporary = out.parent / f".incomplete_{out.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    done = 0
+    for num_bytes in write_safetensors_stream(
+        temporary, shapes, tensors(), dtype=dtype, max_shard_bytes=max_shard_bytes
+    ):
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+    config = hf_config(info, dtype)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
+    (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for module in (_CONFIGURATION_MODULE, _MODELING_MODULE):
+        shutil.copyfile(HF_REPO / f"{module}.py", temporary / f"{module}.py")
+    source = tokenizer or (Path(info.tokenizer) if info.tokenizer else None)
+    if source is not None:
+        _copy_tokenizer(source, temporary)
+    (temporary / "README.md").write_text(_model_card(info, dtype, has_tokenizer=source is not None))
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    _replace(temporary, out)
+    return out
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    found = [name for name in _TOKENIZER_FILES if (source / name).exists()]
+    if not found:
+        raise CheckpointError(str(source), "holds no tokenizer files", "name a tokenizer folder with --tokenizer")
+    for name in found:
+        shutil.copyfile(source / name, out / name)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Rename onto ``out``; an older folder there is moved aside first and removed last."""
+    old = out.parent / f".old_{out.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _model_card(info: CheckpointInfo, dtype: torch.dtype, *, has_tokenizer: bool) -> str:
+    """README.md of the folder: what was trained, on how much, with which losses."""
+    objective = info.config.get("objective")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [nemotron_labs_diffusion, diffusion-language-model]",
+        "---",
+        "# Joint autoregressive and diffusion language model",
+        "",
+        f"- parameters stored as {str(dtype).removeprefix('torch.')}; {info.model.num_layers} layers, hidden size "
+        f"{info.model.hidden_size}, vocabulary {info.model.vocab_size}",
+        f"- optimizer steps: {info.step}; clean tokens: {info.tokens}; last stage: {info.stage or 'unknown'}",
+        f"- last metrics: `{json.dumps(info.metrics)}`" if info.metrics else "- losses: unknown (no run's history)",
+        f"- objective: `{json.dumps(objective)}`" if objective else "- objective: unknown (no run's history)",
+    ]
+    if not has_tokenizer:
+        lines.append("- no tokenizer is included")
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'model = AutoModel.from_pretrained("this folder", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        'prompt_ids = tokenizer("def main(", return_tensors="pt").input_ids',
+        "output_ids, num_forwards = model.linear_spec_generate(prompt_ids, max_new_tokens=64)",
+        "```",
+        "",
+        "`ar_generate`, `generate` (diffusion) and `linear_spec_generate` return the output ids with the prompt and",
+        "the number of forward evaluations.",
+    ]
+    if info.config:
+        lines += ["", "## Configuration of the run", "", "```json", json.dumps(info.config, indent=2), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def check_same_model(folder: HFFolder, model: ModelConfig) -> None:
+    """The configured model must be the folder's: every difference is reported.
+
+    Raises:
+        ConfigError: some ``model.*`` value differs from the folder's config.json.
+    """
+    problems = []
+    for key in _SHAPE_KEYS:
+        ours, theirs = getattr(model, key), getattr(folder.model, key)
+        if ours != theirs:
+            problems.append(
+                Problem(
+                    f"model.{key}",
+                    f"is {ours}, but {folder.folder}/config.json has {theirs}",
+                    f"set model.{key} to the folder's",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+@torch.no_grad()
+def load_hf_weights(model: NLDModel, config: ModelConfig, folder: Path) -> None:
+    """Initialise this rank's part of the model from a Hugging Face folder (``init.hf_path``).
+
+    Every rank reads only the tensors of its own layers, one at a time. Norms, embedding and head take the model's
+    dtype; a tied folder gives the head a copy of the embedding.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rules = {rule.megatron: rule for rule in weight_rules(config)}
+    with HFFolder(folder) as source:
+        check_same_model(source, config)
+        for local_name, parameter in model.named_parameters():
+            name = global_parameter_name(model, local_name)
+            rule = rules[name]
+            parts = tuple(
+                source.tensor(hf_name, shape)
+                for hf_name, shape in zip(rule.hf_names(source.form), rule.shapes, strict=True)
+            )
+            parameter.copy_(tensor_parallel_slice(name, rule.join(parts), rank, size))

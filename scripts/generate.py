@@ -1,0 +1,71 @@
+"""Continue a prompt with an exported model: ``generate.py --model runs/tiny/hf --prompt "def main(" --mode all``."""
+
+import argparse
+import sys
+
+import torch
+
+from nld_train.errors import NLDError
+from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="exported Hugging Face folder")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument(
+        "--mode", choices=[*DecodingMode, "all"], default="all", help="decoding mode; all: one after the other"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--block-length", type=int, help="tokens per block or draft (default: the model's block size)")
+    parser.add_argument("--threshold", type=float, default=0.9, help="diffusion: commit from this probability on")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument(
+        "--eos", default="none", metavar="none|auto|ID", help="stop token: never, the tokenizer's own, or an id"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--seed", type=int, default=1234, help="of the random numbers, for temperature > 0")
+    parsed = parser.parse_args(arguments)
+    if parsed.eos not in ("none", "auto") and not parsed.eos.isdecimal():
+        parser.error(f"argument --eos: {parsed.eos!r}; give none, auto or a token id")
+    return parsed
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        model, tokenizer = load_export(arguments.model, arguments.device, DTYPES.get(arguments.dtype))
+        if arguments.eos == "none":
+            eos_token_id = None
+        elif arguments.eos == "auto":
+            eos_token_id = tokenizer.eos_token_id
+            if eos_token_id is None:
+                raise ValueError("--eos auto: the tokenizer of this model has no end-of-sequence token; give its id")
+        else:
+            eos_token_id = int(arguments.eos)
+        for mode in DecodingMode if arguments.mode == "all" else [arguments.mode]:
+            torch.manual_seed(arguments.seed)  # each mode draws the same numbers, alone or among the others
+            result = continue_prompt(
+                model,
+                tokenizer,
+                arguments.prompt,
+                mode,
+                max_new_tokens=arguments.max_new_tokens,
+                block_length=arguments.block_length,
+                threshold=arguments.threshold,
+                temperature=arguments.temperature,
+                eos_token_id=eos_token_id,
+            )
+            print(format_continuation(result), flush=True)
+            print()
+    except (NLDError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
