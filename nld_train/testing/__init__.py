@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: gloo ranks, slow obvious references, tiny models. Nothing else imports it."""

@@ -1,0 +1,133 @@
+"""A pool of gloo ranks: processes that start once and run many cases.
+
+Starting a process and importing torch and Megatron takes seconds, a case takes milliseconds. Each pool holds one
+process group for its life; a case gets its own Megatron topology on it. The test's own process never enters the CPU
+compatibility mode.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from nld_train.config.schema import Device, ParallelConfig
+
+Case = Callable[..., Any]
+"""A module-level function ``case(topology, platform, *args)``; what rank 0 returns is the result."""
+
+_START_TIMEOUT = 120.0  # seconds
+_CASE_TIMEOUT = 240.0
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    """Body of one rank: answer cases until told to stop."""
+    os.environ.update({"LOCAL_WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from nld_train.platform.device import initialize_device
+    from nld_train.platform.topology import initialize_topology
+
+    platform = initialize_device(Device.cpu)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    connection.send(("ready", None))
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:  # the test's process is gone
+            os._exit(1)
+        if message is None:
+            break
+        case, parallel, seed, args = message
+        try:
+            topology = initialize_topology(parallel, platform, seed=seed)
+            result = case(topology, platform, *args)
+            answer = ("ok", result if rank == 0 else None)
+        except BaseException:
+            answer = ("error", traceback.format_exc())
+        finally:
+            parallel_state.destroy_model_parallel()
+        connection.send(answer)
+    dist.destroy_process_group()
+
+
+class RankPool:
+    """``world_size`` gloo ranks on this machine; use as a context manager.
+
+    A failed case breaks the pool (its other ranks may wait for the failed one for ever): the processes are ended and
+    the next case starts new ones.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for connection in self._connections:
+            connection.send(None)
+        for process in self._processes:
+            process.join(timeout=10)
+        self._kill()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            # Not daemonic: the checkpoint writer starts a process of its own, which a daemon may not.
+            process = context.Process(target=_serve, args=(rank, self.world_size, str(store), theirs))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        for connection in self._connections:
+            self._receive(connection, _START_TIMEOUT)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections = [], []
+
+    def _receive(self, connection: Connection, timeout: float) -> Any:
+        try:
+            if not connection.poll(timeout):
+                raise TimeoutError(f"a rank did not answer in {timeout:.0f} s")
+            status, value = connection.recv()
+        except (EOFError, TimeoutError, ConnectionError) as error:
+            self._kill()
+            raise RuntimeError(f"a rank died or hangs: {error}") from error
+        if status == "error":
+            self._kill()
+            raise RuntimeError(f"a rank raised:\n{value}")
+        return value
+
+    def run(self, case: Case, *args: Any, parallel: ParallelConfig | None = None, seed: int = 1234) -> Any:
+        """Run one case on all ranks at a parallel layout and return rank 0's result.
+
+        Args:
+            case: module-level function, see :data:`Case`.
+            args: picklable arguments of the case.
+            parallel: layout; None: data parallel over all ranks.
+            seed: of Megatron's RNG tracker.
+        """
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((case, parallel or ParallelConfig(), seed, args))
+        results = [self._receive(connection, _CASE_TIMEOUT) for connection in self._connections]
+        return results[0]

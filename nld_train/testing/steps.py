@@ -1,0 +1,177 @@
+"""One training step on given samples at any parallel layout, with whole tensors as the result.
+
+Cases for :class:`nld_train.testing.ranks.RankPool`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nld_train.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, RopeConfig
+from nld_train.data.loader import LoaderBatch
+from nld_train.model.build import NLDModel, build_model, global_parameter_name, partition_dim
+from nld_train.objective.losses import LossTerms
+from nld_train.objective.noise import NoiseSpec, corrupt
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
+from nld_train.training.optimizer import build_optimizer, set_learning_rate
+from nld_train.training.run import connect, wrap_data_parallel
+from nld_train.training.step import StepShape, run_microbatches
+
+
+def tiny_model(**changes: object) -> ModelConfig:
+    """Odd on purpose: head_dim is not hidden / heads, and the query scaling steps inside the sequence."""
+    values: dict[str, object] = {
+        "num_layers": 2,
+        "hidden_size": 48,
+        "ffn_hidden_size": 80,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 96,
+        "max_position_embeddings": 4096,
+        "rope": RopeConfig(original_max_position_embeddings=8),
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepCase:
+    """What to compute: a global batch of ``samples`` (tokens int64 [N, L + 1], noise by place in the stream).
+
+    ``diffusion_loss_weight`` 0 is an AR step (no noisy half). ``noise`` None takes the recipe's sampler; else a list of
+    (is_noised [N, L], p_mask [N, L]).
+    """
+
+    samples: Tensor
+    model: ModelConfig = field(default_factory=tiny_model)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(block_size=4, mask_token_id=3))
+    diffusion_loss_weight: float = 0.3
+    micro_batch_size: int = 1
+    dtype: torch.dtype = torch.float64
+    seed: int = 1234
+    num_optimizer_steps: int = 0  # 0: gradients only
+    lr: float = 1e-3
+    # AdamW's first steps are lr * sign(gradient) where eps is small: rounding of a gradient near 0 would decide its
+    # sign. A large eps makes the update a smooth function of the gradient, so that layouts can be compared.
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-2))
+
+
+@dataclass(slots=True, kw_only=True)
+class StepResult:
+    """Sums over the global batch and whole tensors by name in the whole model."""
+
+    terms: LossTerms
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def loader_batches(case: StepCase, topology: Topology) -> list[LoaderBatch]:
+    """This rank's micro-batches, in the order of :class:`nld_train.data.loader.TrainLoader`."""
+    spec = NoiseSpec(mask_token_id=case.objective.mask_token_id, eps=case.objective.eps, seed=case.seed)
+    per_round = case.micro_batch_size * topology.data_parallel_size
+    batches = []
+    for start in range(topology.data_parallel_rank * case.micro_batch_size, case.samples.shape[0], per_round):
+        positions = torch.arange(start, start + case.micro_batch_size)
+        text = case.samples[positions]
+        tokens = text[:, :-1].contiguous()
+        batches.append(
+            LoaderBatch(
+                tokens=tokens,
+                labels=text[:, 1:].contiguous(),
+                loss_mask=torch.ones_like(tokens, dtype=torch.float32),
+                stream_positions=positions,
+                corruption=corrupt(tokens, positions, spec) if case.diffusion_loss_weight else None,
+            )
+        )
+    return batches
+
+
+def whole_tensors(model: NLDModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gather every tensor- and pipeline-parallel part of the named tensors. Collective; the same on every rank."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    whole: dict[str, Tensor] = {}
+    for local_name, value in values.items():
+        name = global_parameter_name(model, local_name)
+        if size == 1 or value.dim() == 1:
+            whole[name] = value
+            continue
+        parts = [torch.empty_like(value) for _ in range(size)]
+        dist.all_gather(parts, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        if name.endswith("linear_fc1.weight"):  # every rank holds [gate; up] of its share
+            halves = [part.chunk(2, dim=0) for part in parts]
+            whole[name] = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+        else:
+            whole[name] = torch.cat(parts, dim=partition_dim(name))
+    stages: list[dict[str, Tensor] | None] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, whole, group=parallel_state.get_pipeline_model_parallel_group())
+    return {name: tensor for stage in stages if stage is not None for name, tensor in stage.items()}
+
+
+def run_step(
+    topology: Topology,
+    platform: Platform,
+    case: StepCase,
+    parallel: ParallelConfig,
+    initial: dict[str, Tensor] | None = None,
+) -> StepResult:
+    """Gradients (main_grad after finalize_model_grads) of one step, or the parameters after several optimizer steps.
+
+    Args:
+        initial: parameters by name to start from (one rank); None: drawn from the case's seed.
+    """
+    model = build_model(case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed)
+    if initial is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(initial[name])
+    trains = case.num_optimizer_steps > 0
+    wrapped = wrap_data_parallel(model, platform, use_distributed_optimizer=trains)
+    optimizer = build_optimizer(case.optim, [wrapped], platform, case.dtype) if trains else None
+    connect(model, wrapped, optimizer)
+    length = case.samples.shape[1] - 1
+    shape = StepShape(
+        num_microbatches=case.samples.shape[0] // (case.micro_batch_size * topology.data_parallel_size),
+        micro_batch_size=case.micro_batch_size,
+        num_rows=2 * length if case.diffusion_loss_weight else length,
+    )
+    for _ in range(max(1, case.num_optimizer_steps)):
+        wrapped.zero_grad_buffer()
+        terms = run_microbatches(
+            iter(loader_batches(case, topology)),
+            wrapped,
+            shape,
+            objective=case.objective,
+            diffusion_loss_weight=case.diffusion_loss_weight,
+            device=platform.device,
+        )
+        if optimizer is not None:
+            set_learning_rate(optimizer, case.lr)
+            optimizer.step()
+    named = dict(model.named_parameters())
+    return StepResult(
+        terms=terms,
+        gradients={} if trains else whole_tensors(model, {name: p.main_grad for name, p in named.items()}),  # type: ignore[attr-defined]
+        parameters=whole_tensors(model, {name: p.detach() for name, p in named.items()}),
+    )
+
+
+def run_logits(
+    topology: Topology,
+    platform: Platform,
+    case: StepCase,
+    parallel: ParallelConfig,
+    tokens: Tensor,
+    has_noisy_half: bool,
+) -> Tensor:
+    """Logits [B, S, V] of given input rows (one pipeline stage)."""
+    from nld_train.objective.sequence import SequenceLayout
+
+    model = build_model(case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed)
+    length = tokens.shape[1] // (2 if has_noisy_half else 1)
+    layout = SequenceLayout(length, case.objective.block_size, has_noisy_half=has_noisy_half)
+    with torch.no_grad():
+        return model(tokens, layout).contiguous()

@@ -1,0 +1,197 @@
+"""The records of a run: how they are built, what ``metrics.jsonl`` looks like, and how it is read back.
+
+One JSON object per line. A step record holds ``step, stage, tokens, loss, ar_loss, diffusion_loss, lr, grad_norm,
+step_seconds, tokens_per_second``; a validation record ``step, stage, tokens, val_ar_loss, val_diffusion_loss`` and
+whatever else the validation reports, each name with ``val_`` before it. Losses are means per token in nats; ``tokens``
+counts the clean tokens consumed since the start of the run; ``diffusion_loss`` is null in a stage with alpha = 0.
+A number that is not finite stands as null, and ``non_finite`` names it:
+``{"loss": null, "non_finite": {"loss": "nan"}}``.
+
+No torch here: whoever only reads metrics (a plot, a report) does not wait for it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nld_train.errors import DataError
+
+TIMING_FIELDS = frozenset({"step_seconds", "tokens_per_second"})
+"""Times and rates: the only fields that may differ between two otherwise identical runs."""
+
+MEAN_FIELDS = ("loss", "ar_loss", "diffusion_loss")
+VALIDATION_FIELDS = ("ar_loss", "diffusion_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """Rates since the last lap: ``step_seconds`` wall time of a step, ``tokens_per_second`` clean, of all ranks."""
+
+    step_seconds: float
+    tokens_per_second: float
+
+
+class StepClock:
+    """Wall time of training alone: what is done inside :meth:`paused` does not count.
+
+    Args:
+        step: last finished step (0 for a fresh run).
+        tokens: clean tokens consumed until then.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, step: int, tokens: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._step = step
+        self._tokens = tokens
+        self._since = now()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around validation, checkpoints and whatever else is not a training step."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._since += self._now() - start
+
+    def lap(self, step: int, tokens: int) -> Lap:
+        """Rates since the last lap.
+
+        Args:
+            step: last finished step; later than that of the last lap.
+            tokens: clean tokens consumed since the start of the run.
+        """
+        if step <= self._step:
+            raise ValueError(f"a lap at step {step}, but the last one was at step {self._step}")
+        now = self._now()
+        seconds = max(now - self._since, 1e-9)  # a clock of coarse resolution may stand still
+        lap = Lap(seconds / (step - self._step), (tokens - self._tokens) / seconds)
+        self._step, self._tokens, self._since = step, tokens, now
+        return lap
+
+
+def step_record(
+    *, step: int, stage: str, tokens: int, means: Mapping[str, float | None], lr: float, grad_norm: float, lap: Lap
+) -> dict[str, Any]:
+    """The record of a logged step.
+
+    Args:
+        step: counted from 1 over the whole run.
+        stage: name of the stage.
+        tokens: clean tokens consumed since the start of the run, this step included.
+        means: means per token in nats, already reduced over ranks: ``loss``, ``ar_loss``, ``diffusion_loss`` (None
+            where alpha is 0) and any further metric.
+        lr: learning rate of this step.
+        grad_norm: global gradient norm before clipping.
+        lap: from :meth:`StepClock.lap`.
+    """
+    return {
+        "step": step,
+        "stage": stage,
+        "tokens": tokens,
+        **{name: means[name] for name in MEAN_FIELDS},
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "step_seconds": lap.step_seconds,
+        "tokens_per_second": lap.tokens_per_second,
+        **{name: value for name, value in means.items() if name not in MEAN_FIELDS},
+    }
+
+
+def validation_record(*, step: int, stage: str, tokens: int, means: Mapping[str, float | None]) -> dict[str, Any]:
+    """The record of a validation after ``step``; ``means`` has at least ``ar_loss`` and ``diffusion_loss``."""
+    missing = [name for name in VALIDATION_FIELDS if name not in means]
+    if missing:
+        raise ValueError(f"validation means lack {missing}")
+    return {"step": step, "stage": stage, "tokens": tokens, **{f"val_{name}": value for name, value in means.items()}}
+
+
+def is_validation(record: Mapping[str, Any]) -> bool:
+    """True for a validation record, False for a step record."""
+    return "val_ar_loss" in record
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """One line of ``metrics.jsonl``, newline included; floats survive the round trip to the last bit."""
+    non_finite = {
+        name: str(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    if non_finite:
+        record = {**record, **dict.fromkeys(non_finite), "non_finite": non_finite}
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedLines:
+    """Records, the bytes each stands in (newline included), and how many unreadable lines the end of the file had."""
+
+    records: list[dict[str, Any]]
+    lines: list[bytes]
+    num_torn: int
+
+
+def parse_lines(data: bytes, path: Path) -> ParsedLines:
+    """Parse the bytes of a ``metrics.jsonl``.
+
+    Unreadable lines at the end are the trace of a process that was killed while it wrote; they are left out. One that
+    is followed by a good line was damaged in another way.
+
+    Raises:
+        DataError: an unreadable line with readable ones after it.
+    """
+    records: list[dict[str, Any]] = []
+    lines: list[bytes] = []
+    first_bad: int | None = None
+    num_bad = 0
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            readable = isinstance(record, dict) and isinstance(record.get("step"), int)
+        except ValueError:  # not JSON, or not UTF-8
+            readable = False
+        if not readable:
+            first_bad = first_bad or number
+            num_bad += 1
+            continue
+        if first_bad is not None:
+            raise DataError(
+                f"{path}:{first_bad}",
+                "is not a metrics record, and good records follow it",
+                "remove that line, or restore the file",
+            )
+        records.append(record)
+        lines.append(line + b"\n")
+    return ParsedLines(records, lines, num_bad)
+
+
+@dataclass(frozen=True, slots=True)
+class RunMetrics:
+    """The records of a run in the order of the file."""
+
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """Read a ``metrics.jsonl``, that of a running run too (a half-written last line is left out).
+
+    Raises:
+        DataError: no such file, nothing in it, or a damaged line in its middle.
+    """
+    if not path.is_file():
+        raise DataError(str(path), "does not exist", "give the folder of a run that has logged at least one step")
+    records = parse_lines(path.read_bytes(), path).records
+    if not records:
+        raise DataError(str(path), "holds no record yet", "wait until the run has logged its first step")
+    return RunMetrics(
+        steps=[record for record in records if not is_validation(record)],
+        validations=[record for record in records if is_validation(record)],
+    )

@@ -1,0 +1,237 @@
+"""A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from nld_train.checkpoint.convert import export_checkpoint, load_hf_weights
+from nld_train.checkpoint.manager import CheckpointManager, read_info
+from nld_train.config.compose import save_resolved, to_dict
+from nld_train.config.schema import Config, Precision
+from nld_train.data.dataset import TrainStream, ValidationSet
+from nld_train.data.prepare import prepare
+from nld_train.data.prepared import PreparedCorpus
+from nld_train.data.progress import RichProgress
+from nld_train.errors import ConfigError, Problem
+from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
+from nld_train.model.attention import resolve_backend
+from nld_train.model.build import NLDModel, build_model
+from nld_train.platform.device import Platform, initialize_device
+from nld_train.platform.topology import Topology, topology_of
+from nld_train.training.callbacks import build_callbacks
+from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
+from nld_train.training.optimizer import build_optimizer, choose_adam
+from nld_train.training.stages import Stage, plan_stages
+from nld_train.training.trainer import Trainer
+
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+# What a resumed run must share with its checkpoint: a change here would change which tokens and masks a step sees.
+_FIXED_ON_RESUME = (
+    "run.seed",
+    "model",
+    "data.corpus",
+    "data.sequence_length",
+    "train.global_batch_size",
+    "train.precision",
+)
+
+
+def run(config: Config) -> None:
+    """Train, resume or finish the run that ``config`` describes; export it at the end.
+
+    Raises:
+        NLDError: something in the configuration, the data or a checkpoint cannot be used.
+    """
+    platform = initialize_device(config.train.device)
+    with topology_of(config.parallel, platform, seed=config.run.seed) as topology:
+        run_dir = Path(config.run.dir)
+        stages = plan_stages(config)
+        manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint)
+        resume_from = manager.latest()
+        if resume_from is not None:
+            check_resumable(read_info(resume_from).config, to_dict(config), resume_from)
+        if topology.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_resolved(config, run_dir / "config.yaml")
+
+        corpus = prepare_corpus(config, topology)
+        stream = TrainStream(
+            corpus,
+            sequence_length=config.data.sequence_length,
+            seed=config.run.seed,
+            mask_token_id=config.objective.mask_token_id,
+            cache_dir=Path(config.data.cache_dir),
+        )
+        validation = ValidationSet(
+            corpus,
+            sequence_length=config.data.sequence_length,
+            num_samples=config.train.validation_samples,
+            mask_token_id=config.objective.mask_token_id,
+        )
+
+        dtype = _DTYPES[config.train.precision]
+        model = build_model(config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed)
+        if config.init.hf_path is not None and resume_from is None:
+            load_hf_weights(model, config.model, Path(config.init.hf_path))
+        wrapped = wrap_data_parallel(model, platform)
+        optimizer = build_optimizer(config.optim, [wrapped], platform, dtype)
+        connect(model, wrapped, optimizer)
+        start_step = manager.load(resume_from, wrapped, optimizer).step if resume_from is not None else 0
+
+        callbacks = build_callbacks(config) if topology.is_main else CallbackList()
+        try:
+            info = describe(config, stages, start_step, platform, topology)
+            callbacks.on_run_start(info)
+            trainer = Trainer(
+                config=config,
+                topology=topology,
+                device=platform.device,
+                stages=stages,
+                model=wrapped,
+                optimizer=optimizer,
+                stream=stream,
+                validation=validation,
+                manager=manager,
+                callbacks=callbacks,
+                tokenizer_folder=corpus.tokenizer_folder,
+                start_step=start_step,
+            )
+            checkpoint = trainer.train() or resume_from
+            if topology.is_main and checkpoint is not None:
+                finish(config, checkpoint, already_finished=start_step == info.num_steps, callbacks=callbacks)
+        finally:
+            callbacks.on_run_end()
+        dist.barrier()
+
+
+def prepare_corpus(config: Config, topology: Topology) -> PreparedCorpus:
+    """Find or build the corpus: rank 0 with progress shown, then the others, who find it. Collective."""
+
+    def call(progress: RichProgress | None) -> PreparedCorpus:
+        return prepare(
+            config.data, config.model.vocab_size, mask_token_id=config.objective.mask_token_id, progress=progress
+        )
+
+    if topology.is_main:
+        with RichProgress() as progress:
+            corpus = call(progress)
+        dist.barrier()
+        return corpus
+    dist.barrier()
+    return call(None)
+
+
+def wrap_data_parallel(
+    model: NLDModel, platform: Platform, *, use_distributed_optimizer: bool = True
+) -> DistributedDataParallel:
+    """Megatron's data parallelism; gradients are accumulated and reduced in fp32 (float64 for a float64 model).
+
+    Args:
+        use_distributed_optimizer: each rank keeps the reduced gradient and the optimizer state of its share only;
+            False: every rank keeps all gradients (to look at them).
+    """
+    is_double = next(model.parameters()).dtype is torch.float64
+    return DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=not is_double,
+            use_distributed_optimizer=use_distributed_optimizer,
+            overlap_grad_reduce=platform.is_cuda,
+            overlap_param_gather=platform.is_cuda and use_distributed_optimizer,
+        ),
+        module=model,
+    )
+
+
+def connect(model: NLDModel, wrapped: DistributedDataParallel, optimizer: Any) -> None:
+    """Tell Megatron's schedule how gradients are scaled, synchronised and finished."""
+    config: Any = model.config
+    config.finalize_model_grads_func = finalize_model_grads
+    if optimizer is not None:
+        config.grad_scale_func = optimizer.scale_loss
+    if wrapped.ddp_config.overlap_grad_reduce:
+        config.no_sync_func = wrapped.no_sync
+        config.grad_sync_func = wrapped.start_grad_sync
+    if wrapped.ddp_config.overlap_param_gather:
+        config.param_sync_func = wrapped.start_param_sync
+
+
+def describe(
+    config: Config, stages: tuple[Stage, ...], start_step: int, platform: Platform, topology: Topology
+) -> RunInfo:
+    """What the callbacks show at the start."""
+    shape = config.model
+    attention = (shape.num_attention_heads * 2 + shape.num_key_value_heads * 2) * shape.head_dim * shape.hidden_size
+    per_layer = attention + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
+    return RunInfo(
+        run_dir=Path(config.run.dir),
+        start_step=start_step,
+        num_steps=stages[-1].last_step,
+        tokens_per_step=stages[0].tokens_per_step,
+        num_parameters=shape.num_layers * per_layer + (2 * shape.vocab_size + 1) * shape.hidden_size,
+        stages=tuple(stage.info() for stage in stages),
+        config=to_dict(config),
+        backends={
+            "device": str(platform.device),
+            "precision": config.train.precision.value,
+            "attention": resolve_backend(shape.attention_backend, platform.device).value,
+            "optimizer": choose_adam(),
+            "ranks": f"{topology.world_size} (tensor {topology.tensor_parallel_size} x pipeline "
+            f"{topology.pipeline_size} x data {topology.data_parallel_size}), {platform.distributed_backend}",
+            "threads per rank": str(torch.get_num_threads()),
+        },
+    )
+
+
+def finish(config: Config, checkpoint: Path, *, already_finished: bool, callbacks: Callback) -> None:
+    """Export the last checkpoint and continue the prompt from it in all modes (rank 0)."""
+    out = Path(config.run.dir) / "hf"
+    if already_finished:
+        callbacks.on_message(f"this run is finished (its last step is {read_info(checkpoint).step}); nothing to train")
+    if not config.export.enabled:
+        return
+    if not (already_finished and (out / "config.json").exists()):
+        export_checkpoint(checkpoint, out, overwrite=True)
+        callbacks.on_message(f"exported to {out}")
+    if config.export.prompt is not None:
+        model, tokenizer = load_export(out)
+        for mode in DecodingMode:
+            result = continue_prompt(
+                model, tokenizer, config.export.prompt, mode, max_new_tokens=config.export.max_new_tokens
+            )
+            callbacks.on_message(format_continuation(result))
+
+
+def check_resumable(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to resume with another model, data order or noise than the checkpoint was trained with.
+
+    Raises:
+        ConfigError: every key that differs.
+    """
+
+    def value(config: dict[str, Any], key: str) -> Any:
+        for part in key.split("."):
+            config = config[part]
+        return config
+
+    def differences(key: str) -> list[Problem]:
+        old, new = value(saved, key), value(current, key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            return [problem for name in old for problem in differences(f"{key}.{name}")]
+        if old == new or key == "model.attention_backend":
+            return []
+        return [
+            Problem(
+                key,
+                f"is {new}, but the run in {checkpoint.parent.parent} was started with {old}",
+                f"use {key}={old} to resume it, or another run.dir to start anew",
+            )
+        ]
+
+    problems = [problem for key in _FIXED_ON_RESUME for problem in differences(key)]
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,310 @@
+"""Measure how fast one thing is against another: python scripts/benchmark.py [SUITE ...] [--help].
+
+Every row is a ratio between variants of the same computation, run in turn in the same process, so that whatever else
+the machine does touches all of them. Before anything is timed, every variant must give the baseline's result.
+
+It wants a quiet machine. OMP_WAIT_POLICY=passive is the default here, because threads that spin at the end of each
+parallel region wait for threads that other processes keep from running, which punishes code with many small regions:
+one busy neighbour on two cores turned a ratio of 2.8 into 0.4. On an idle machine spinning (OMP_WAIT_POLICY=active) is
+some 5 to 15% faster.
+
+A suite is a function that yields comparisons; add it to SUITES.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nld_train.config.schema import AttentionBackend
+from nld_train.model.attention import joint_attention, resolve_backend
+from nld_train.objective.sequence import SequenceLayout
+
+Work = Callable[[], Sequence[Tensor]]
+"""Does the computation once and returns its results (values and gradients)."""
+
+
+# --------------------------------------------------------------------------------------------------------- the harness
+
+
+def seconds(work: Work) -> float:
+    """Wall time of one run, finished on the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """Variants of one computation.
+
+    Args:
+        title: what is computed, at which shape and in which dtype.
+        variants: name -> work; the first is the baseline.
+        tolerance: largest relative distance, per returned tensor, from the baseline's result.
+        required: variant -> smallest acceptable ratio to the baseline; others are only reported.
+        measure: the quantity, smaller is better.
+        unit: of the printed quantity.
+        unit_scale: factor from what ``measure`` returns to ``unit``.
+    """
+
+    title: str
+    variants: dict[str, Work]
+    tolerance: float
+    required: dict[str, float] = field(default_factory=dict)
+    measure: Callable[[Work], float] = seconds
+    unit: str = "ms"
+    unit_scale: float = 1e3
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One variant's result; ``quartiles`` of the quantity, ``ratio`` the median over rounds of baseline / variant."""
+
+    suite: str
+    title: str
+    variant: str
+    unit: str
+    median: float
+    quartiles: tuple[float, float]
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    required: float | None
+    rounds: int
+
+    @property
+    def passed(self) -> bool:
+        return self.required is None or self.ratio >= self.required
+
+
+def run_comparison(suite: str, comparison: Comparison, rounds: int, warmup: int) -> list[Row]:
+    """Check that the variants agree, then measure them in interleaved rounds (each round starts with another one)."""
+    check_equal(comparison)
+    names = list(comparison.variants)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            value = comparison.measure(comparison.variants[name]) * comparison.unit_scale
+            if turn >= warmup:
+                values[name].append(value)
+    baseline = values[names[0]]
+    rows = []
+    for name in names:
+        ratios = [base / value for base, value in zip(baseline, values[name], strict=True)]
+        rows.append(
+            Row(
+                suite=suite,
+                title=comparison.title,
+                variant=name,
+                unit=comparison.unit,
+                median=statistics.median(values[name]),
+                quartiles=quartiles(values[name]),
+                ratio=statistics.median(ratios),
+                ratio_quartiles=quartiles(ratios),
+                required=comparison.required.get(name),
+                rounds=rounds,
+            )
+        )
+    return rows
+
+
+def check_equal(comparison: Comparison) -> None:
+    """Raise where a variant's result is further than the tolerance from the baseline's."""
+    names = list(comparison.variants)
+    expected = comparison.variants[names[0]]()
+    for name in names[1:]:
+        actual = comparison.variants[name]()
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            distance = ((a.double() - b.double()).norm() / b.double().norm()).item()
+            if not distance <= comparison.tolerance:  # a NaN fails, too
+                raise RuntimeError(
+                    f"{comparison.title}: result {index} of {name!r} is {distance:.1e} away from that of {names[0]!r} "
+                    f"(tolerance {comparison.tolerance:.1e}); a wrong result is not worth timing"
+                )
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers depend on besides the code."""
+    description: dict[str, str | int] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        "threads": torch.get_num_threads(),
+        "load_average": f"{os.getloadavg()[0]:.1f}",
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "allocator": os.environ.get("LD_PRELOAD") or os.environ.get("MALLOC_MMAP_THRESHOLD_") or "default",
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        description["gpu"] = torch.cuda.get_device_name()
+        description["cuda"] = str(torch.version.cuda)
+    return description
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_rows(rows: list[Row]) -> None:
+    """One table per comparison, as soon as it is measured."""
+    print(f"\n{rows[0].suite}: {rows[0].title}")
+    for row in rows:
+        low, high = row.quartiles
+        verdict = ""
+        if row.required is not None:
+            verdict = f"  required {row.required:.2f}: {'yes' if row.passed else 'NO'}"
+        print(
+            f"  {row.variant:<24} {row.median:>9.2f} {row.unit} [{low:.2f}, {high:.2f}]"
+            f"   x {row.ratio:.2f} [{row.ratio_quartiles[0]:.2f}, {row.ratio_quartiles[1]:.2f}]{verdict}",
+            flush=True,
+        )
+
+
+def write_json(path: Path, description: dict[str, str | int], rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"machine": description, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the suites
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def attention_suite(device: torch.device) -> Iterator[Comparison]:
+    """Forward and backward of the attention alone, joint (doubled sequence) and AR (causal), in Megatron's order."""
+    fast = resolve_backend(AttentionBackend.auto, device)
+    shapes = [  # L, batch, query heads, key-value heads, head dimension
+        (512, 4, 4, 1, 64),
+        (1024, 2, 8, 2, 64),
+    ]
+    for length, batch, heads, kv_heads, dim in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            # Two roundings to bf16 (2^-9 each) of results that agree; gradients of keys add up rounded terms.
+            tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+            for has_noisy_half in (True, False):
+                layout = SequenceLayout(length, 32, has_noisy_half)
+                generator = torch.Generator().manual_seed(0)
+                query, key, value, grad = (
+                    torch.randn(layout.num_rows, batch, count, dim, generator=generator)
+                    .to(device=device, dtype=dtype)
+                    .permute(1, 2, 0, 3)
+                    .requires_grad_(index < 3)
+                    for index, count in enumerate((heads, kv_heads, kv_heads, heads))
+                )
+                inputs = (query, key, value)
+
+                def ours(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, backend: AttentionBackend) -> Tensor:
+                    return joint_attention(q, k, v, layout, backend)
+
+                def sdpa_repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+                functions: dict[str, Callable[..., Tensor]]
+                if has_noisy_half:
+                    functions = {
+                        backend.value: partial(ours, layout=layout, backend=backend)
+                        for backend in (AttentionBackend.dense, fast)
+                    }
+                    required = {fast.value: 1.3} if length == 1024 else {}
+                else:
+                    causal = partial(ours, layout=layout, backend=fast)
+                    functions = {"sdpa, repeated heads": sdpa_repeated, "causal": causal}
+                    required = {}
+                kind = "joint" if has_noisy_half else "AR"
+                shape = f"L {length}, batch {batch}, heads {heads}/{kv_heads}, head dim {dim}"
+                yield Comparison(
+                    title=f"{kind}, {str(dtype).removeprefix('torch.')}, {shape}, on {device.type}",
+                    variants={
+                        name: partial(forward_backward, function, inputs, grad) for name, function in functions.items()
+                    },
+                    tolerance=tolerance,
+                    required=required,
+                )
+
+
+SUITES: dict[str, Callable[[torch.device], Iterator[Comparison]]] = {"attention": attention_suite}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen suites; 1 with --check where a required ratio is missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds of each comparison (default 9)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are not counted (default 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where a GPU is visible")
+    parser.add_argument("--json", type=Path, help="result file (default runs/benchmark/SUITES.json)")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a required ratio is missed")
+    options = parser.parse_args(arguments)
+    names: list[str] = options.suites or list(SUITES)
+    for name in names:
+        if name not in SUITES:
+            parser.error(f"no suite {name!r}: choose of {', '.join(SUITES)}")
+    if options.rounds < 1 or options.warmup < 0:
+        parser.error(f"--rounds {options.rounds} must be at least 1, --warmup {options.warmup} at least 0")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads {options.threads} must be at least 1")
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    description = machine()
+    print("\n".join(f"{key}: {value}" for key, value in description.items()))
+    print("\nmedian [quartiles], then x = the baseline's value / this one's, median over rounds [quartiles]")
+    rows: list[Row] = []
+    for name in names:
+        for comparison in SUITES[name](device):
+            measured = run_comparison(name, comparison, options.rounds, options.warmup)
+            print_rows(measured)
+            rows += measured
+    path = options.json or Path("runs/benchmark") / f"{'-'.join(names)}.json"
+    write_json(path, description, rows)
+    print(f"\nwritten to {path}")
+    missed = [row for row in rows if not row.passed]
+    return 1 if missed and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

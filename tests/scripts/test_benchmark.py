@@ -1,0 +1,87 @@
+"""The benchmark's harness: wrong results are not timed, ratios and files say what was measured."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPT))
+
+
+def scripted_measure(costs: dict[Any, list[float]]) -> Any:
+    """Stands in for the clock: each call returns the next cost of the work it is given."""
+    remaining = {work: iter(values) for work, values in costs.items()}
+    return lambda work: next(remaining[work])
+
+
+def test_rows_hold_medians_and_the_ratio_to_the_first_variant(benchmark: dict[str, Any]):
+    def slow() -> list[torch.Tensor]:
+        return [torch.ones(3)]
+
+    def fast() -> list[torch.Tensor]:
+        return [torch.ones(3) * (1 + 1e-7)]
+
+    comparison = benchmark["Comparison"](
+        title="t",
+        variants={"slow": slow, "fast": fast},
+        tolerance=1e-6,
+        required={"fast": 2.5},
+        measure=scripted_measure({slow: [99, 4, 6, 8], fast: [99, 2, 2, 2]}),
+        unit_scale=1000,
+    )
+    base, row = benchmark["run_comparison"]("s", comparison, rounds=3, warmup=1)
+    assert (base.median, base.quartiles, base.ratio, base.passed) == (6000, (5000, 7000), 1.0, True)
+    assert (row.median, row.ratio, row.ratio_quartiles, row.passed) == (2000, 3.0, (2.5, 3.5), True)
+    row.required = 3.1
+    assert not row.passed
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_variant_with_another_result_is_not_timed(benchmark: dict[str, Any], wrong: float):
+    comparison = benchmark["Comparison"](
+        title="joint",
+        variants={"right": lambda: [torch.ones(3)], "wrong": lambda: [torch.ones(3) * wrong]},
+        tolerance=1e-2,
+        measure=scripted_measure({}),
+    )
+    with pytest.raises(RuntimeError, match="joint: result 0 of 'wrong'"):
+        benchmark["run_comparison"]("s", comparison, rounds=1, warmup=0)
+
+
+def test_results_are_stored_with_the_machine(benchmark: dict[str, Any], tmp_path: Path):
+    comparison = benchmark["Comparison"](title="t", variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
+    rows = benchmark["run_comparison"]("s", comparison, rounds=2, warmup=0)
+    path = tmp_path / "new" / "result.json"
+    benchmark["write_json"](path, benchmark["machine"](), rows)
+    stored = json.loads(path.read_text())
+    assert stored["machine"]["torch"] == torch.__version__
+    assert [(row["variant"], row["ratio"], row["rounds"]) for row in stored["rows"]] == [("a", 1.0, 2)]
+    assert stored["rows"][0]["median"] > 0
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_unknown_suites_are_refused_by_name(benchmark: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        benchmark["main"](["atention"])
+    assert exit_info.value.code == 2
+    assert "no suite 'atention': choose of attention" in capsys.readouterr().err
+
+
+@pytest.mark.benchmark
+def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
+    command = [sys.executable, str(SCRIPT), "attention", "--device", "cpu", "--check", "--json", tmp_path / "a.json"]
+    root = SCRIPT.parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr

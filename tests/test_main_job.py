@@ -1,0 +1,208 @@
+"""The main job through its own command: both stages, kill and resume, layouts, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nld_train.training.metrics import TIMING_FIELDS
+
+ROOT = Path(__file__).parent.parent
+BATCH, LENGTH = 4, 32
+STEPS = {"ar": 6, "joint": 10}
+
+OVERRIDES = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=2",
+    "model.head_dim=16",
+    "model.vocab_size=512",
+    f"data.sequence_length={LENGTH}",
+    "objective.block_size=8",
+    f"train.global_batch_size={BATCH}",
+    "train.micro_batch_size=2",
+    "train.validation_interval=4",
+    "train.validation_samples=8",
+    *(f"stages.{name}.tokens={steps * BATCH * LENGTH}" for name, steps in STEPS.items()),
+    "checkpoint.interval_steps=3",
+    "checkpoint.interval_seconds=0",
+    "export.max_new_tokens=8",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, "train.py", f"run.dir={run_dir}", f"data.cache_dir={cache}", *OVERRIDES, *extra]
+
+
+def train(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(run_dir, cache, *extra, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = train(run_dir, cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run_dir
+
+
+def test_a_run_leaves_what_others_rely_on(undisturbed: Path) -> None:
+    total = sum(STEPS.values())
+    found = records(undisturbed)
+    steps = [record for record in found if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, total + 1))
+    for record in steps:
+        is_joint = record["step"] > STEPS["ar"]
+        assert record["stage"] == ("joint" if is_joint else "ar")
+        assert record["tokens"] == record["step"] * BATCH * LENGTH
+        assert record["grad_norm"] > 0
+        if is_joint:
+            assert record["loss"] == pytest.approx(record["ar_loss"] + 0.3 * record["diffusion_loss"], rel=1e-12)
+        else:
+            assert record["diffusion_loss"] is None
+            assert record["loss"] == record["ar_loss"]
+    validations = {record["step"] for record in found if "val_ar_loss" in record}
+    assert validations == {1, 4, 6, 7, 8, 12, 16}
+    assert all(record["val_diffusion_loss"] > 0 for record in found if "val_ar_loss" in record)
+    for name in ("config.yaml", "train.log", "hf/config.json", "hf/tokenizer.json", "hf/README.md"):
+        assert (undisturbed / name).is_file(), name
+    log = (undisturbed / "train.log").read_text()
+    for mode in ("[ar]", "[diffusion]", "[linear]"):
+        assert mode in log
+
+
+def test_starting_a_finished_run_says_so(undisturbed: Path, cache: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    result = train(undisturbed, cache)
+    assert result.returncode == 0, result.stderr
+    assert "finished" in result.stdout + result.stderr
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def same_export(one: Path, other: Path) -> None:
+    tensors, others = load_file(one / "hf/model.safetensors"), load_file(other / "hf/model.safetensors")
+    assert set(tensors) == set(others)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype
+        assert torch.equal(tensor, others[name]), name
+
+
+def start_and_kill(run_dir: Path, cache: Path, output: Path, is_time: Callable[[], bool]) -> None:
+    """Start the job, kill -9 its main process when ``is_time()``, and see that nothing of it stays behind."""
+    with output.open("w") as file:
+        process = subprocess.Popen(command(run_dir, cache), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None and not is_time():
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, output.read_text()
+    while group_is_alive(process.pid):  # loader workers look after their parent every few seconds
+        assert time.monotonic() < deadline, "a process of the killed run stays behind"
+        time.sleep(0.1)
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kill_after_step", [4, 11])
+def test_kill_and_resume_is_bit_exact(undisturbed: Path, cache: Path, tmp_path: Path, kill_after_step: int) -> None:
+    """kill -9 in the middle of a stage, after a checkpoint; then the same command again."""
+    run_dir = tmp_path / "killed"
+    metrics = run_dir / "metrics.jsonl"
+    start_and_kill(
+        run_dir,
+        cache,
+        tmp_path / "output",
+        lambda: metrics.exists() and f'"step": {kill_after_step},' in metrics.read_text(),
+    )
+    assert list((run_dir / "checkpoints").glob("step_*"))
+    with metrics.open("a") as file:
+        file.write('{"step": 99, "lo')  # the torn line of a process that died while it wrote
+    result = train(run_dir, cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert records(run_dir) == records(undisturbed)
+    same_export(run_dir, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_random_kills_are_bit_exact(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """Killed again and again, at random moments of start-up, steps and saves, until one start comes to the end."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    random = Random(seed)
+    run_dir = tmp_path / "killed"
+    for _ in range(12):
+        moment = time.monotonic() + random.uniform(3, 9)
+        try:
+            start_and_kill(run_dir, cache, tmp_path / "output", lambda moment=moment: time.monotonic() > moment)
+        except AssertionError:  # it was faster than the knife
+            break
+    result = train(run_dir, cache)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert records(run_dir) == records(undisturbed)
+    same_export(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+    ids=["dp2", "tp2", "pp2"],
+)
+def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: Path, layout: str) -> None:
+    """Through torchrun; losses agree with one process, and the export of any layout is the same model."""
+    result = train(tmp_path, cache, *filter(None, [layout]), ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for found, expected in zip(records(tmp_path), records(undisturbed), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == (pytest.approx(value, rel=2e-4) if isinstance(value, float) else value), (
+                key,
+                expected,
+            )
+    tensors, others = load_file(tmp_path / "hf/model.safetensors"), load_file(undisturbed / "hf/model.safetensors")
+    assert set(tensors) == set(others)
+    for name, tensor in tensors.items():
+        assert (tensor - others[name]).norm() < 2e-2 * others[name].norm(), name
+
+
+def test_resume_refuses_another_data_order(undisturbed: Path, cache: Path) -> None:
+    result = train(undisturbed, cache, "run.seed=5", "data.sequence_length=64")
+    assert result.returncode == 2
+    for key in ("run.seed", "data.sequence_length"):
+        assert key in result.stderr
+    assert "remedy" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,66 @@
+"""FusedAdam is AdamW, and its state has the form that Megatron saves and loads."""
+
+import torch
+
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
+from nld_train.testing.ranks import RankPool
+from nld_train.training.optimizer import FusedAdam
+
+
+def test_steps_equal_torch_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
+    ours, theirs = ([value.clone().requires_grad_() for value in start] for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizers = [
+        kind([{"params": values[:1], "weight_decay": 0.1}, {"params": values[1:], "weight_decay": 0.0}], **settings)
+        for kind, values in ((FusedAdam, ours), (torch.optim.AdamW, theirs))
+    ]
+    for _ in range(4):
+        for values, other in zip(ours, theirs, strict=True):
+            values.grad = torch.randn(values.shape, generator=generator)
+            other.grad = values.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for values, other, before in zip(ours, theirs, start, strict=True):
+        torch.testing.assert_close(values, other, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(values, before)
+    assert optimizers[0].param_groups[0]["step"] == 4
+    assert set(optimizers[0].state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
+
+
+def reset_case(topology: Topology, platform: Platform) -> tuple[list[float], list[float]]:
+    """Size of the moments and the step count, before and after a reset."""
+    from nld_train.config.schema import OptimConfig, ParallelConfig
+    from nld_train.model.build import build_model
+    from nld_train.testing.steps import tiny_model
+    from nld_train.training.optimizer import build_optimizer, reset_moments
+    from nld_train.training.run import connect, wrap_data_parallel
+
+    model = build_model(tiny_model(), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
+    wrapped = wrap_data_parallel(model, platform)
+    optimizer = build_optimizer(OptimConfig(), [wrapped], platform, torch.float32)
+    connect(model, wrapped, optimizer)
+    wrapped.zero_grad_buffer()
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(0.1)  # type: ignore[attr-defined]
+    optimizer.step()
+
+    def state() -> list[float]:
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        inner = [part.optimizer for part in parts]
+        moments = sum(float(value.abs().sum()) for one in inner for s in one.state.values() for value in s.values())
+        steps = sum(group.get("step", 0) for one in inner for group in one.param_groups)
+        return [moments, float(steps)]
+
+    before = state()
+    reset_moments(optimizer)
+    return before, state()
+
+
+def test_reset_moments(one_rank: RankPool) -> None:
+    before, after = one_rank.run(reset_case)
+    assert before[0] > 0
+    assert before[1] > 0
+    assert after == [0.0, 0.0]

@@ -1,0 +1,63 @@
+"""plan_stages: whole steps, one line of steps over the run."""
+
+import pytest
+
+from nld_train.config.schema import Config, DataConfig, StageConfig, TrainConfig
+from nld_train.errors import ConfigError
+from nld_train.training.stages import plan_stages, stage_of_step
+
+
+def _config(*tokens: int) -> Config:
+    """Stages of the given tokens, alternately AR and joint; 4 sequences of 8 tokens: 32 tokens a step."""
+    return Config(
+        train=TrainConfig(global_batch_size=4),
+        data=DataConfig(corpus="stdlib", sequence_length=8),
+        stages={
+            f"stage_{index}": StageConfig(diffusion_loss_weight=0.3 * (index % 2), tokens=count, lr=1e-3, min_lr=1e-4)
+            for index, count in enumerate(tokens)
+        },
+    )
+
+
+def test_tokens_are_rounded_up_to_whole_steps() -> None:
+    stages = plan_stages(_config(1, 32, 33, 64))
+    assert [stage.num_steps for stage in stages] == [1, 1, 2, 2]
+    assert [stage.tokens for stage in stages] == [32, 32, 64, 64]
+    assert [(stage.first_step, stage.last_step) for stage in stages] == [(1, 1), (2, 2), (3, 4), (5, 6)]
+    assert [stage.index for stage in stages] == [0, 1, 2, 3]
+    assert [stage.name for stage in stages] == ["stage_0", "stage_1", "stage_2", "stage_3"]
+    assert [stage.is_joint for stage in stages] == [False, True, False, True]
+
+
+def test_a_trillion_tokens_stay_exact() -> None:
+    stages = plan_stages(_config(10**12 + 1))
+    assert stages[0].num_steps == 10**12 // 32 + 1
+
+
+def test_every_step_belongs_to_exactly_one_stage() -> None:
+    stages = plan_stages(_config(100, 40, 1))
+    assert [stage_of_step(stages, step).index for step in range(1, 8)] == [0, 0, 0, 0, 1, 1, 2]
+    assert [stage_of_step(stages, step).step_in_stage(step) for step in range(1, 8)] == [1, 2, 3, 4, 1, 2, 1]
+    for step in (0, 8):
+        with pytest.raises(ValueError, match=rf"steps 1\.\.7, not {step}"):
+            stage_of_step(stages, step)
+    with pytest.raises(ValueError, match="step 5 is not in stage stage_0"):
+        stages[0].step_in_stage(5)
+
+
+def test_info_for_callbacks() -> None:
+    info = plan_stages(_config(100, 40))[1].info()
+    assert (info.name, info.diffusion_loss_weight) == ("stage_1", 0.3)
+    assert (info.first_step, info.last_step, info.tokens) == (5, 6, 64)
+
+
+def test_all_empty_stages_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="stages: is empty"):
+        plan_stages(_config())
+    with pytest.raises(ConfigError) as refused:
+        plan_stages(_config(0, 32, -5))
+    assert [problem.location for problem in refused.value.problems] == [
+        "stages.stage_0.tokens",
+        "stages.stage_2.tokens",
+    ]
+    assert "is -5" in refused.value.problems[1].message
