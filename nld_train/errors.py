@@ -58,5 +58,9 @@ class DataError(NLDError):
     """A corpus, tokenizer or prepared data file cannot be used."""
 
 
+class TrainingError(NLDError):
+    """A run cannot go on: a number is not finite."""
+
+
 class CheckpointError(NLDError):
     """A checkpoint or Hugging Face folder cannot be read, written or converted."""

@@ -16,7 +16,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="exported Hugging Face folder")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument(
-        "--mode", choices=[*DecodingMode, "all"], default="all", help="decoding mode; all: one after the other"
+        "--mode",
+        choices=[*(mode.value for mode in DecodingMode), "all"],
+        default="all",
+        help="decoding mode; all: one after the other",
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--block-length", type=int, help="tokens per block or draft (default: the model's block size)")
@@ -31,6 +34,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.eos not in ("none", "auto") and not parsed.eos.isdecimal():
         parser.error(f"argument --eos: {parsed.eos!r}; give none, auto or a token id")
+    try:
+        torch.empty(0, device=parsed.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(
+            f"argument --device: {parsed.device!r} cannot be used ({str(error).splitlines()[0]}); give cpu or cuda"
+        )
     return parsed
 
 

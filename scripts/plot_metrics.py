@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(plot_run(arguments.run_dir, arguments.out, arguments.title))
-    except NLDError as problem:
-        print(problem, file=sys.stderr)
+    except (NLDError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0
 

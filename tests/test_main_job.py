@@ -1,7 +1,9 @@
 """The main job through its own command: both stages, kill and resume, layouts, export."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nld_train.checkpoint.convert import exported_step
 from nld_train.training.metrics import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +94,14 @@ def test_a_run_leaves_what_others_rely_on(undisturbed: Path) -> None:
     validations = {record["step"] for record in found if "val_ar_loss" in record}
     assert validations == {1, 4, 6, 7, 8, 12, 16}
     assert all(record["val_diffusion_loss"] > 0 for record in found if "val_ar_loss" in record)
-    for name in ("config.yaml", "train.log", "hf/config.json", "hf/tokenizer.json", "hf/README.md"):
+    for name in (
+        "config.yaml",
+        "train.log",
+        "tokenizer/tokenizer.json",
+        "hf/config.json",
+        "hf/tokenizer.json",
+        "hf/README.md",
+    ):
         assert (undisturbed / name).is_file(), name
     log = (undisturbed / "train.log").read_text()
     for mode in ("[ar]", "[diffusion]", "[linear]"):
@@ -199,10 +209,56 @@ def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: P
         assert (tensor - others[name]).norm() < 2e-2 * others[name].norm(), name
 
 
-def test_resume_refuses_another_data_order(undisturbed: Path, cache: Path) -> None:
-    result = train(undisturbed, cache, "run.seed=5", "data.sequence_length=64")
+def test_resume_refuses_what_would_change_the_run(undisturbed: Path, cache: Path) -> None:
+    """Every difference at once: data order, objective, and stages that are over or end before the checkpoint."""
+    before = (undisturbed / "config.yaml").read_bytes()
+    result = train(
+        undisturbed, cache, "run.seed=5", "data.sequence_length=64", "objective.eps=0.5", "stages.ar.tokens=512"
+    )
     assert result.returncode == 2
-    for key in ("run.seed", "data.sequence_length"):
+    for key in ("run.seed", "data.sequence_length", "objective.eps", "stages"):
         assert key in result.stderr
     assert "remedy" in result.stderr
     assert "Traceback" not in result.stderr
+    assert (undisturbed / "config.yaml").read_bytes() == before
+
+    result = train(undisturbed, cache, "stages.joint.tokens=256")
+    assert result.returncode == 2
+    assert "of step 16" in result.stderr
+
+
+def test_an_extended_run_exports_its_own_end(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the export, the next start exports what was trained last."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    longer = f"stages.joint.tokens={12 * BATCH * LENGTH}"
+    result = train(run_dir, cache, longer, "export.enabled=false")
+    assert result.returncode == 0, result.stderr
+    assert exported_step(run_dir / "hf") == 16
+    result = train(run_dir, cache, longer)
+    assert result.returncode == 0, result.stderr
+    assert "finished" in result.stdout + result.stderr
+    assert exported_step(run_dir / "hf") == 18
+    old, new = (load_file(folder / "hf/model.safetensors") for folder in (undisturbed, run_dir))
+    assert not torch.equal(old["encoder.norm.weight"], new["encoder.norm.weight"])
+
+
+def test_two_runs_in_one_folder_are_refused(cache: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        result = train(tmp_path, cache)
+    assert result.returncode == 2
+    assert "run.dir" in result.stderr
+    assert "in use by another run" in result.stderr
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_diverged_run_stops_before_it_saves(cache: Path, tmp_path: Path) -> None:
+    result = train(tmp_path, cache, "stages.ar.lr=1e30", "stages.ar.min_lr=0", "checkpoint.interval_steps=1")
+    assert result.returncode == 1
+    assert "remedy" in result.stderr
+    assert "Traceback" not in result.stderr
+    last = records(tmp_path)[-1]
+    assert last["loss"] is None or last["grad_norm"] is None
+    saved = [int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert all(step < last["step"] for step in saved)

@@ -5,11 +5,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as load_tensors
@@ -18,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
 from nld_train.checkpoint.manager import CheckpointInfo, read_info
 from nld_train.checkpoint.weight_map import NLD_FORM, WeightRule, weight_rules
-from nld_train.config.schema import ModelConfig
+from nld_train.config.schema import ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, ConfigError, Problem
 from nld_train.model.build import NLDModel, global_parameter_name, tensor_parallel_slice
 
@@ -43,8 +45,9 @@ _SHAPE_KEYS = (
     "vocab_size",
     "max_position_embeddings",
     "rms_norm_eps",
-    "rope",
 )
+
+_STEP_METADATA = "nld_train_step"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -104,7 +107,7 @@ def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _stored_tensor(checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
+def _stored_tensor(reader: FileSystemReader, checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
     """One whole parameter from the distributed checkpoint, whatever layout wrote it."""
     metadata = stored.get(rule.megatron)
     if not isinstance(metadata, TensorStorageMetadata):
@@ -114,7 +117,7 @@ def _stored_tensor(checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -
     tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process": it is
-        load_tensors({rule.megatron: tensor}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        load_tensors({rule.megatron: tensor}, storage_reader=reader, no_dist=True)
     return tensor
 
 
@@ -145,53 +148,92 @@ def export_checkpoint(
         CheckpointError: the checkpoint is not complete or ``out`` exists.
     """
     info = read_info(checkpoint)
-    if out.exists() and not overwrite:
-        raise CheckpointError(str(out), "exists already", "name another folder or pass --overwrite")
+    _check_target(out, overwrite)
+    source = tokenizer or (Path(os.path.normpath(checkpoint / info.tokenizer)) if info.tokenizer else None)
+    tokenizer_files = _tokenizer_files(source) if source is not None else []
     dtype = dtype or getattr(torch, info.dtype)
     rules = list(weight_rules(info.model))
     shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names(NLD_FORM), rule.shapes, strict=True)}
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    reader = FileSystemReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for rule in rules:
-            parts = rule.split(_stored_tensor(checkpoint, rule, stored))
+            parts = rule.split(_stored_tensor(reader, checkpoint, rule, stored))
             for name, part in zip(rule.hf_names(NLD_FORM), parts, strict=True):
                 yield name, part.to(dtype)
 
     temporary = out.parent / f".incomplete_{out.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    done = 0
-    for num_bytes in write_safetensors_stream(
-        temporary, shapes, tensors(), dtype=dtype, max_shard_bytes=max_shard_bytes
-    ):
-        done += num_bytes
-        if progress is not None:
-            progress(done, total)
-    config = hf_config(info, dtype)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
-    (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for module in (_CONFIGURATION_MODULE, _MODELING_MODULE):
-        shutil.copyfile(HF_REPO / f"{module}.py", temporary / f"{module}.py")
-    source = tokenizer or (Path(info.tokenizer) if info.tokenizer else None)
-    if source is not None:
-        _copy_tokenizer(source, temporary)
-    (temporary / "README.md").write_text(_model_card(info, dtype, has_tokenizer=source is not None))
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    _replace(temporary, out)
+    try:
+        temporary.mkdir(parents=True)
+        done = 0
+        for num_bytes in write_safetensors_stream(
+            temporary,
+            shapes,
+            tensors(),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            metadata={_STEP_METADATA: str(info.step)},
+        ):
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+        config = hf_config(info, dtype)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        generation = {
+            "bos_token_id": config["bos_token_id"],
+            "eos_token_id": config["eos_token_id"],
+            "do_sample": False,
+        }
+        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        for module in (_CONFIGURATION_MODULE, _MODELING_MODULE):
+            shutil.copyfile(HF_REPO / f"{module}.py", temporary / f"{module}.py")
+        for file in tokenizer_files:
+            shutil.copyfile(file, temporary / file.name)
+        (temporary / "README.md").write_text(_model_card(info, dtype, has_tokenizer=bool(tokenizer_files)))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        _replace(temporary, out)
+    except OSError as error:
+        raise CheckpointError(str(out), f"cannot be written: {error}", "free space or name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    found = [name for name in _TOKENIZER_FILES if (source / name).exists()]
+def exported_step(folder: Path) -> int | None:
+    """Step of the checkpoint that a folder was exported from; None where there is no such export."""
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                step = (file.metadata() or {}).get(_STEP_METADATA)
+        except SafetensorError:  # damaged: as good as none
+            return None
+        return int(step) if step is not None else None
+    return None
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """An existing folder is replaced only when that was asked for, and only if it is an export or empty."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(str(out), "exists already", "name another folder or pass --overwrite")
+    is_export = out.is_dir() and (out / f"{_MODELING_MODULE}.py").exists()
+    if not is_export and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(
+            str(out), "exists and is no exported folder", "name another folder, or remove it yourself"
+        )
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    found = [source / name for name in _TOKENIZER_FILES if (source / name).exists()]
     if not found:
         raise CheckpointError(str(source), "holds no tokenizer files", "name a tokenizer folder with --tokenizer")
-    for name in found:
-        shutil.copyfile(source / name, out / name)
+    return found
 
 
 def _sync(path: Path) -> None:
@@ -237,7 +279,7 @@ def _model_card(info: CheckpointInfo, dtype: torch.dtype, *, has_tokenizer: bool
         "from transformers import AutoModel, AutoTokenizer",
         "",
         'model = AutoModel.from_pretrained("this folder", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
         'prompt_ids = tokenizer("def main(", return_tensors="pt").input_ids',
         "output_ids, num_forwards = model.linear_spec_generate(prompt_ids, max_new_tokens=64)",
         "```",
@@ -257,14 +299,18 @@ def check_same_model(folder: HFFolder, model: ModelConfig) -> None:
         ConfigError: some ``model.*`` value differs from the folder's config.json.
     """
     problems = []
-    for key in _SHAPE_KEYS:
-        ours, theirs = getattr(model, key), getattr(folder.model, key)
+    pairs = [(key, getattr(model, key), getattr(folder.model, key)) for key in _SHAPE_KEYS]
+    pairs += [
+        (f"rope.{field.name}", getattr(model.rope, field.name), getattr(folder.model.rope, field.name))
+        for field in fields(RopeConfig)
+    ]
+    for key, ours, theirs in pairs:
         if ours != theirs:
             problems.append(
                 Problem(
                     f"model.{key}",
                     f"is {ours}, but {folder.folder}/config.json has {theirs}",
-                    f"set model.{key} to the folder's",
+                    f"use model.{key}={theirs}",
                 )
             )
     if problems:
@@ -283,6 +329,7 @@ def load_hf_weights(model: NLDModel, config: ModelConfig, folder: Path) -> None:
     rules = {rule.megatron: rule for rule in weight_rules(config)}
     with HFFolder(folder) as source:
         check_same_model(source, config)
+        source.check_names({name for rule in rules.values() for name in rule.hf_names(source.form)})
         for local_name, parameter in model.named_parameters():
             name = global_parameter_name(model, local_name)
             rule = rules[name]

@@ -103,6 +103,12 @@ class HFFolder:
         self.form: Mapping[str, str] = _TEXT_ARCHITECTURES[known[0]]
         self.model = model_config_from_hf(self.config, config_path)
         self.is_tied = bool(self.config.get("tie_word_embeddings", False))
+        if self.config.get("quantization_config") is not None:
+            raise CheckpointError(
+                str(config_path),
+                f"quantization_config is {self.config['quantization_config']}: quantised weights cannot be read",
+                "use the BF16 release of the model (the base one)",
+            )
         self._files = self._locate()
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
@@ -146,6 +152,22 @@ class HFFolder:
     def tensor_names(self) -> set[str]:
         return set(self._files)
 
+    def check_names(self, expected: set[str]) -> None:
+        """Every tensor of the folder is known and every expected one is there (but for the head of a tied folder).
+
+        Raises:
+            CheckpointError: names some that are not.
+        """
+        missing = expected - self.tensor_names - ({self.form["head"]} if self.is_tied else set())
+        unknown = self.tensor_names - expected
+        for names, what in ((missing, "missing"), (unknown, "not part of the model that config.json describes")):
+            if names:
+                raise CheckpointError(
+                    str(self.folder),
+                    f"{len(names)} tensors are {what}: {', '.join(sorted(names)[:3])} ...",
+                    "use a complete, unquantised checkpoint of a text model",
+                )
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor, checked against the expected shape; the embedding where a tied folder is asked for its head."""
         if name == self.form["head"] and name not in self._files and self.is_tied:
@@ -160,7 +182,15 @@ class HFFolder:
             raise CheckpointError(
                 str(self.folder / file_name), f"tensor {name} is missing", "download or export it again"
             )
-        found = tuple(handle.get_slice(name).get_shape())
+        view = handle.get_slice(name)
+        readable = sorted(_SAFETENSORS_DTYPES.values())
+        if view.get_dtype() not in readable:
+            raise CheckpointError(
+                str(self.folder / file_name),
+                f"tensor {name} is stored as {view.get_dtype()}, expected one of {readable}",
+                "use the BF16 release of the model (the base one)",
+            )
+        found = tuple(view.get_shape())
         if found != shape:
             raise CheckpointError(
                 str(self.folder / file_name),
@@ -193,6 +223,7 @@ def write_safetensors_stream(
     *,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
     """Write tensors into one or several safetensors files (with index), one tensor in memory at a time.
 
@@ -202,6 +233,7 @@ def write_safetensors_stream(
         tensors: (name, tensor of ``dtype``).
         dtype: of all tensors.
         max_shard_bytes: upper limit of a file's tensor bytes.
+        metadata: further entries of each file's header.
 
     Yields:
         bytes written, after each tensor (for a progress bar).
@@ -217,7 +249,7 @@ def write_safetensors_stream(
     source = iter(tensors)
     total = 0
     for file_name, shard in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for name, shape in shard.items():
             num_bytes = torch.Size(shape).numel() * dtype.itemsize

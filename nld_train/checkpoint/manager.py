@@ -58,7 +58,8 @@ class CheckpointInfo:
         parallel: layout of the run that wrote it (it loads at any other).
         config: the run's resolved configuration; empty for imported weights.
         metrics: last step's metrics.
-        tokenizer: folder of the tokenizer the run was trained with; "" if unknown.
+        tokenizer: folder of the tokenizer the run was trained with, relative to the checkpoint; "" if unknown.
+        corpus_hash: of the training tokens; "" if unknown.
     """
 
     step: int
@@ -71,6 +72,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     metrics: dict[str, Any]
     tokenizer: str
+    corpus_hash: str
     format_version: int = FORMAT_VERSION
     megatron_version: str = megatron.core.__version__
 
@@ -161,10 +163,17 @@ def save_sharded(folder: Path, state: dict[str, Any], info: CheckpointInfo) -> N
         _write_json_synced(temporary / INFO_FILE, info_to_dict(info))
         _sync_directory(temporary)
         if folder.exists():  # the same step again, from a run that was started over
-            shutil.rmtree(folder)
+            _remove(folder)
         temporary.rename(folder)
         _sync_directory(folder.parent)
     dist.barrier()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left does not look like one."""
+    doomed = folder.parent / f"{_TEMPORARY_PREFIX}{folder.name}_{secrets.token_hex(4)}"
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _cause(error: BaseException) -> str:
@@ -199,6 +208,9 @@ class CheckpointManager:
             optimizer: has made at least one step (its state does not exist before); None: weights only.
         """
         folder = self.directory / f"{_PREFIX}{info.step:08d}"
+        if model.ddp_config.overlap_param_gather:
+            # Updated weights are gathered in the next forward pass; until then a rank has only its own share of them.
+            model.start_param_sync(force_sync=True)
         weights = model.module.sharded_state_dict(metadata=_sharding())
         state: dict[str, Any] = {"model": weights}
         if optimizer is not None:
@@ -206,7 +218,7 @@ class CheckpointManager:
         save_sharded(folder, state, info)
         if dist.get_rank() == 0:
             for old in complete_checkpoints(self.directory)[: -self.config.keep_last]:
-                shutil.rmtree(old)
+                _remove(old)
             for leftover in self.directory.glob(f"{_TEMPORARY_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         return folder

@@ -398,6 +398,7 @@ def _launch(config: Config, world_size: int) -> Iterable[Problem]:
 
 
 def _batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
+    yield from _validation_batch(config, data_parallel_size)
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
     if micro < 1 or total < 1 or total % (micro * data_parallel_size) == 0:
         return
@@ -410,6 +411,16 @@ def _batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
         f"{micro}{ranks} {'do' if ranks else 'does'} not divide train.global_batch_size={total}",
         remedy,
     )
+
+
+def _validation_batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
+    samples = config.train.validation_samples
+    if samples >= 1 and samples % data_parallel_size:
+        yield Problem(
+            "train.validation_samples",
+            f"{samples} cannot be shared out to {data_parallel_size} data-parallel ranks",
+            f"use train.validation_samples={_multiple_of(samples, data_parallel_size)}",
+        )
 
 
 def _paths(config: Config) -> Iterable[Problem]:

@@ -58,6 +58,16 @@ def initialize_device(choice: Device) -> Platform:
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if has_gpu and choice is not Device.cpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                [
+                    Problem(
+                        "train.device",
+                        f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible",
+                        f"launch with --nproc-per-node {torch.cuda.device_count()}, or use train.device=cpu",
+                    )
+                ]
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "nccl"

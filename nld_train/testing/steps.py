@@ -17,7 +17,7 @@ from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import NoiseSpec, corrupt
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
-from nld_train.training.optimizer import build_optimizer, set_learning_rate
+from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, wrap_data_parallel
 from nld_train.training.step import StepShape, run_microbatches
 
@@ -55,6 +55,7 @@ class StepCase:
     seed: int = 1234
     num_optimizer_steps: int = 0  # 0: gradients only
     lr: float = 1e-3
+    overlap: bool = False  # communication overlapped with computation, as on GPUs
     # AdamW's first steps are lr * sign(gradient) where eps is small: rounding of a gradient near 0 would decide its
     # sign. A large eps makes the update a smooth function of the gradient, so that layouts can be compared.
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-2))
@@ -129,8 +130,8 @@ def run_step(
             for name, parameter in model.named_parameters():
                 parameter.copy_(initial[name])
     trains = case.num_optimizer_steps > 0
-    wrapped = wrap_data_parallel(model, platform, use_distributed_optimizer=trains)
-    optimizer = build_optimizer(case.optim, [wrapped], platform, case.dtype) if trains else None
+    wrapped = wrap_data_parallel(model, overlap=case.overlap, use_distributed_optimizer=trains)
+    optimizer = build_optimizer(case.optim, [wrapped], case.dtype) if trains else None
     connect(model, wrapped, optimizer)
     length = case.samples.shape[1] - 1
     shape = StepShape(
@@ -149,8 +150,10 @@ def run_step(
             device=platform.device,
         )
         if optimizer is not None:
-            set_learning_rate(optimizer, case.lr)
+            set_hyperparameters(optimizer, case.optim, case.lr)
             optimizer.step()
+    if case.overlap and trains:
+        wrapped.start_param_sync(force_sync=True)
     named = dict(model.named_parameters())
     return StepResult(
         terms=terms,

@@ -10,7 +10,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from nld_train.config.schema import OptimConfig
-from nld_train.platform.device import Platform
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -95,11 +94,11 @@ def choose_adam() -> str:
 
 
 def build_optimizer(
-    optim: OptimConfig, model_chunks: list[DistributedDataParallel], platform: Platform, dtype: torch.dtype
+    optim: OptimConfig, model_chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's distributed optimizer over AdamW; norm weights are not decayed (Megatron's default).
+    """Megatron's distributed optimizer over AdamW; bf16 parameters get fp32 main parameters.
 
-    The learning rate is set before each step (:func:`set_learning_rate`); bf16 parameters get fp32 main parameters.
+    :func:`set_hyperparameters` must be called before each step.
     """
     choose_adam()
     return get_megatron_optimizer(
@@ -114,15 +113,31 @@ def build_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=platform.is_cuda,
+            overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
         ),
         model_chunks,
     )
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+def set_hyperparameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: float) -> None:
+    """Set what a step uses; called before each one, so that the configuration wins over a loaded checkpoint.
+
+    Megatron marks the groups of norm weights with ``wd_mult`` 0 and leaves the multiplication to its own scheduler,
+    which is not used here.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        group["betas"] = (optim.beta1, optim.beta2)
+        group["eps"] = optim.eps
+
+
+def step_with_norm(optimizer: MegatronOptimizer, optim: OptimConfig) -> float:
+    """One optimizer step; returns the global gradient norm before clipping."""
+    _, grad_norm, _ = optimizer.step()
+    if optim.clip_grad == 0:  # Megatron then reports the constant 0
+        grad_norm = optimizer.get_grad_norm()
+    return float(grad_norm)
 
 
 def reset_moments(optimizer: MegatronOptimizer) -> None:

@@ -87,7 +87,7 @@ def _reduce_terms(collected: list[Tensor], device: torch.device) -> LossTerms:
 
 def run_microbatches(
     data: Iterator[LoaderBatch],
-    model: list[DistributedDataParallel],
+    model: DistributedDataParallel,
     shape: StepShape,
     *,
     objective: ObjectiveConfig,

@@ -1,5 +1,6 @@
 """The loop: stages, steps, validation, checkpoints."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from nld_train.config.compose import to_dict
 from nld_train.config.schema import Config
 from nld_train.data.dataset import TrainStream, ValidationSet
 from nld_train.data.loader import LoaderBatch, TrainLoader
+from nld_train.data.prepared import TRAIN, PreparedCorpus
+from nld_train.errors import TrainingError
 from nld_train.objective.noise import NoiseSpec
 from nld_train.objective.normalize import means
 from nld_train.platform.topology import Topology
 from nld_train.training.callbacks.base import Callback
 from nld_train.training.metrics import StepClock, step_record, validation_record
-from nld_train.training.optimizer import reset_moments, set_learning_rate
+from nld_train.training.optimizer import reset_moments, set_hyperparameters, step_with_norm
 from nld_train.training.schedule import learning_rate
 from nld_train.training.stages import Stage
 from nld_train.training.step import StepShape, run_microbatches
@@ -44,7 +47,7 @@ class Trainer:
         validation: held-out samples.
         manager: writes the checkpoints.
         callbacks: listeners; nobody on every rank but 0.
-        tokenizer_folder: remembered in checkpoints, for the export.
+        corpus: its tokenizer and content are remembered in checkpoints.
         start_step: steps already done.
     """
 
@@ -58,7 +61,7 @@ class Trainer:
     validation: ValidationSet
     manager: CheckpointManager
     callbacks: Callback
-    tokenizer_folder: Path
+    corpus: PreparedCorpus
     start_step: int = 0
 
     def train(self) -> Path | None:
@@ -82,6 +85,7 @@ class Trainer:
                 if step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step):
                     lap = clock.lap(step, step * tokens_per_step)
                     self.callbacks.on_step(step_record(lap=lap, **record))
+                self._check_finite(record)
                 with clock.paused():
                     if self._validates_at(stage, step):
                         self.callbacks.on_validation(self._validate(stage, step))
@@ -112,7 +116,7 @@ class Trainer:
         """One optimizer step; returns the fields of its record that are not times."""
         train = self.config.train
         lr = learning_rate(stage.step_in_stage(step), stage.num_steps, stage.config)
-        set_learning_rate(self.optimizer, lr)
+        set_hyperparameters(self.optimizer, self.config.optim, lr)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         shape = StepShape(
@@ -128,27 +132,46 @@ class Trainer:
             diffusion_loss_weight=stage.config.diffusion_loss_weight,
             device=self.device,
         )
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = step_with_norm(self.optimizer, self.config.optim)
         return {
             "step": step,
             "stage": stage.name,
             "tokens": step * stage.tokens_per_step,
             "means": means(terms, self.config.objective.normalization.value, stage.config.diffusion_loss_weight),
             "lr": lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
         }
+
+    def _check_finite(self, record: dict[str, Any]) -> None:
+        """Stop before a checkpoint of a model that is lost replaces the last good one.
+
+        Raises:
+            TrainingError: loss or gradient norm is not a finite number (the same on every rank).
+        """
+        for name, value in (("loss", record["means"]["loss"]), ("grad_norm", record["grad_norm"])):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.config.run.dir}, step {record['step']}",
+                    f"{name} is {value}; nothing was saved since the last checkpoint",
+                    "lower the stage's lr or check the data, then start again: the last checkpoint is from before",
+                )
 
     def _validates_at(self, stage: Stage, step: int) -> bool:
         interval = self.config.train.validation_interval
         return step in (stage.first_step, stage.last_step) or step % interval == 0
 
+    def _validation_micro_batch_size(self) -> int:
+        """The largest size up to training's that cuts this rank's share of the validation samples evenly."""
+        share = len(self.validation) // self.topology.data_parallel_size
+        return max(size for size in range(1, self.config.train.micro_batch_size + 1) if share % size == 0)
+
     @torch.no_grad()
     def _validate(self, stage: Stage, step: int) -> dict[str, Any]:
         """Both losses on the held-out samples, on noise that never changes, in every stage."""
-        train = self.config.train
+        micro_batch_size = self._validation_micro_batch_size()
         loader = TrainLoader(
             self.validation,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             global_batch_size=len(self.validation),
             data_parallel_rank=self.topology.data_parallel_rank,
             data_parallel_size=self.topology.data_parallel_size,
@@ -161,7 +184,7 @@ class Trainer:
             self.model,
             StepShape(
                 num_microbatches=loader.num_micro_batches,
-                micro_batch_size=train.micro_batch_size,
+                micro_batch_size=micro_batch_size,
                 num_rows=2 * self.config.data.sequence_length,
             ),
             objective=self.config.objective,
@@ -207,7 +230,8 @@ class Trainer:
             },
             config=to_dict(self.config),
             metrics={**record["means"], "lr": record["lr"], "grad_norm": record["grad_norm"]},
-            tokenizer=str(self.tokenizer_folder),
+            tokenizer="../../tokenizer",  # of the run's folder, which may be moved as a whole
+            corpus_hash=self.corpus.part_hash(TRAIN),
         )
         folder = self.manager.save(self.model, self.optimizer, info)
         self.callbacks.on_checkpoint(step, folder)

@@ -28,7 +28,7 @@ from nld_train.platform.topology import Topology
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.reference import transformers_model
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
-from nld_train.training.optimizer import build_optimizer, set_learning_rate
+from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, wrap_data_parallel
 from nld_train.training.step import StepShape, run_microbatches
 
@@ -52,6 +52,7 @@ def info_of(step: int, model: ModelConfig) -> CheckpointInfo:
         config={"objective": {"mask_token_id": 3, "block_size": 4, "diffusion_loss_weight": 0.3}},
         metrics={"loss": 1.0},
         tokenizer="",
+        corpus_hash="",
     )
 
 
@@ -63,12 +64,13 @@ def train_case(
     load_step: int,
     num_steps: int,
     save: bool,
+    overlap: bool = False,
 ) -> dict[str, Tensor]:
     """Load step ``load_step`` (0: fresh), train ``num_steps``, save if asked; returns the whole parameters."""
     case = a_step(StepCase(samples=torch.empty(0), dtype=torch.float32))
     model = build_model(case.model, parallel, dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, platform)
-    optimizer = build_optimizer(case.optim, [wrapped], platform, torch.float32)
+    wrapped = wrap_data_parallel(model, overlap=overlap)
+    optimizer = build_optimizer(case.optim, [wrapped], torch.float32)
     connect(model, wrapped, optimizer)
     manager = CheckpointManager(Path(directory), CheckpointConfig(keep_last=2))
     if load_step:
@@ -85,7 +87,7 @@ def train_case(
             diffusion_loss_weight=0.3,
             device=platform.device,
         )
-        set_learning_rate(optimizer, 1e-3)
+        set_hyperparameters(optimizer, case.optim, 1e-3)
         optimizer.step()
     if save:
         manager.save(wrapped, optimizer, info_of(load_step + num_steps, case.model))
@@ -113,6 +115,21 @@ def test_resume_at_another_layout(one_rank: RankPool, two_ranks: RankPool, tmp_p
         torch.testing.assert_close(back[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_checkpoint_holds_the_weights_after_the_step_when_gathering_is_overlapped(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """As on GPUs: a rank's weights are stale between the step and the next forward pass, a checkpoint's are not."""
+    tensors = []
+    for overlap in (False, True):
+        directory = tmp_path / str(overlap)
+        two_ranks.run(train_case, ParallelConfig(), str(directory), 0, 2, True, overlap)
+        checkpoint = latest_checkpoint(directory)
+        assert checkpoint is not None
+        tensors.append(load_file(export_checkpoint(checkpoint, directory / "hf") / "model.safetensors"))
+    for name, expected in tensors[0].items():
+        assert torch.equal(tensors[1][name], expected), name
+
+
 def test_resume_on_the_same_layout_is_bit_exact_and_old_checkpoints_go(one_rank: RankPool, tmp_path: Path) -> None:
     four = one_rank.run(train_case, ParallelConfig(), str(tmp_path / "x"), 0, 4, False)
     for done in (0, 1, 2):
@@ -138,7 +155,7 @@ def load_other_model(topology: Topology, platform: Platform, folder: str) -> str
     model = build_model(
         tiny_model(hidden_size=64), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1
     )
-    wrapped = wrap_data_parallel(model, platform)
+    wrapped = wrap_data_parallel(model, overlap=False)
     try:
         CheckpointManager(Path(folder).parent, CheckpointConfig()).load(Path(folder), wrapped, None)
     except CheckpointError as error:
@@ -209,7 +226,7 @@ def save_and_logits(
 ) -> Tensor:
     config = tiny_model()
     model = build_model(config, parallel, dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, platform)
+    wrapped = wrap_data_parallel(model, overlap=False)
     CheckpointManager(Path(directory), CheckpointConfig()).save(wrapped, None, info_of(1, config))
     if topology.pipeline_size > 1:
         return torch.empty(0)
@@ -324,6 +341,24 @@ def test_reading_a_bad_folder_names_what_is_wrong(exported: tuple[Path, Tensor, 
     (bad / "config.json").write_text("{not json")
     with pytest.raises(CheckpointError, match=r"config\.json.*not readable JSON"):
         HFFolder(bad)
+
+    for kind, change in (("dtype", {}), ("quantised", {"quantization_config": {"quant_method": "fp8"}})):
+        bad = copy(kind)
+        tensors = load_file(bad / "model.safetensors")
+        tensors["encoder.norm.weight"] = tensors["encoder.norm.weight"].to(torch.float8_e4m3fn)
+        save_file(tensors, bad / "model.safetensors")
+        config = json.loads((bad / "config.json").read_text())
+        (bad / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="F8_E4M3" if kind == "dtype" else "quantization_config"):
+            HFFolder(bad).tensor("encoder.norm.weight", (48,))
+
+    names = {name for rule in weight_rules(tiny_model()) for name in rule.hf_names(NLD_FORM)}
+    with HFFolder(folder) as opened:
+        opened.check_names(names)
+        with pytest.raises(CheckpointError, match=r"1 tensors are missing: other"):
+            opened.check_names(names | {"other"})
+        with pytest.raises(CheckpointError, match=r"1 tensors are not part of the model.*encoder\.norm"):
+            opened.check_names(names - {"encoder.norm.weight"})
 
     bad = copy("no weights")
     (bad / "model.safetensors").unlink()

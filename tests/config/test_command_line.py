@@ -126,7 +126,7 @@ def test_help_shows_groups_keys_and_examples(tmp_path: Path):
     for line in ("experiment: nld_14b, nld_3b, nld_8b, tiny", "objective: megatron_bridge, nld_recipe"):
         assert line in result.stdout
     for text in (
-        "objective.block_size=16",
+        "objective.block_size=32",
         "stages.joint.tokens=",
         "alpha of the joint stages",
         "auto|dense|chunked|flex",

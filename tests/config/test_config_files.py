@@ -110,7 +110,7 @@ def test_tiny_is_the_default_and_runs_anywhere():
     assert config == compose(["experiment=tiny"])
     assert list(config.stages) == ["ar", "joint"]
     assert config.train.precision is Precision.fp32
-    assert (config.objective.block_size, config.objective.mask_token_id, config.data.corpus) == (16, 3, "stdlib")
+    assert (config.objective.block_size, config.objective.mask_token_id, config.data.corpus) == (32, 3, "stdlib")
     assert 0 < config.checkpoint.interval_seconds <= 10
     assert config.export.prompt
 

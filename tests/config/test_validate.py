@@ -134,7 +134,10 @@ def test_a_bad_value_is_refused_by_name(tiny: Config, key: str, value):
     assert shown in located[0].message
 
 
-BATCH_OF_3 = ("train.global_batch_size=24",)  # for three data-parallel ranks
+BATCH_OF_3 = (
+    "train.validation_samples=24",
+    "train.global_batch_size=24",
+)  # for three data-parallel ranks
 
 
 def remedied(overrides: list[str], key: str, world_size: int) -> None:
@@ -167,6 +170,7 @@ def remedied(overrides: list[str], key: str, world_size: int) -> None:
         (["parallel.tensor_model_parallel_size=3", *BATCH_OF_3], "parallel.tensor_model_parallel_size", 6),
         (["parallel.pipeline_model_parallel_size=3", *BATCH_OF_3], "parallel.pipeline_model_parallel_size", 6),
         (["parallel.context_parallel_size=2"], "parallel.context_parallel_size", 2),
+        (["train.validation_samples=7"], "train.validation_samples", 2),
         (["optim.beta2=1"], "optim.beta2", 1),
         (["optim.eps=0"], "optim.eps", 1),
         (["data.validation_fraction=0"], "data.validation_fraction", 1),

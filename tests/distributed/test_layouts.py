@@ -38,6 +38,16 @@ def test_gradients_equal_one_process(one_rank: RankPool, two_ranks: RankPool, la
         assert relative_error(found.gradients[name], gradient) < 1e-9, name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_overlapped_communication_changes_nothing(two_ranks: RankPool, layout: str) -> None:
+    """The settings of GPUs: gradients reduced during the backward pass, weights gathered during the next forward."""
+    parallel = LAYOUTS[layout]
+    cases = [step_case(dtype=torch.float32, num_optimizer_steps=3, overlap=overlap) for overlap in (False, True)]
+    expected, found = (two_ranks.run(run_step, case, parallel, parallel=parallel) for case in cases)
+    for name, parameter in expected.parameters.items():
+        assert torch.equal(found.parameters[name], parameter), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_after_three_steps_equal_one_process(

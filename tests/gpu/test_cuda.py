@@ -5,6 +5,7 @@ not have it.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,13 +80,14 @@ def test_joint_step_equals_the_cpu(tmp_path: Path, dtype: str, tolerance: float)
     program = tmp_path / "step.py"
     program.write_text(STEP_PROGRAM)
 
-    def run(*arguments: str) -> None:
-        subprocess.run([sys.executable, str(program), *arguments], cwd=ROOT, check=True, timeout=280)
+    def run(*arguments: str, hide_gpu: bool = False) -> None:
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})
+        subprocess.run([sys.executable, str(program), *arguments], cwd=ROOT, env=environment, check=True, timeout=280)
 
     run("cuda", dtype, "-", str(tmp_path / "cuda.pt"))
     found = torch.load(tmp_path / "cuda.pt")
     torch.save(found["parameters"], tmp_path / "weights.pt")
-    run("cpu", "float64", str(tmp_path / "weights.pt"), str(tmp_path / "cpu.pt"))
+    run("cpu", "float64", str(tmp_path / "weights.pt"), str(tmp_path / "cpu.pt"), hide_gpu=True)
     expected = torch.load(tmp_path / "cpu.pt")
     torch.testing.assert_close(found["terms"], expected["terms"], rtol=tolerance, atol=0)
     for name, gradient in expected["gradients"].items():

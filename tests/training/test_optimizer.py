@@ -30,6 +30,39 @@ def test_steps_equal_torch_adamw() -> None:
     assert set(optimizers[0].state[ours[0]]) == {"exp_avg", "exp_avg_sq"}
 
 
+def decay_case(topology: Topology, platform: Platform) -> dict[str, float]:
+    """Largest ratio of each parameter after a step with zero gradients to before."""
+    from nld_train.config.schema import OptimConfig, ParallelConfig
+    from nld_train.model.build import build_model
+    from nld_train.testing.steps import tiny_model
+    from nld_train.training.optimizer import build_optimizer, set_hyperparameters, step_with_norm
+    from nld_train.training.run import connect, wrap_data_parallel
+
+    model = build_model(tiny_model(), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
+    wrapped = wrap_data_parallel(model, overlap=False)
+    optim = OptimConfig(weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-3, clip_grad=0)
+    optimizer = build_optimizer(OptimConfig(clip_grad=0), [wrapped], torch.float32)
+    connect(model, wrapped, optimizer)
+    wrapped.zero_grad_buffer()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_hyperparameters(optimizer, optim, lr=0.1)
+    assert step_with_norm(optimizer, optim) == 0.0
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.9), 1e-3)}
+    ratios = {name: float((p.detach() / before[name]).max()) for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(0.5)  # type: ignore[attr-defined]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    norm = step_with_norm(optimizer, optim)  # Megatron itself reports 0 where nothing is clipped
+    assert abs(norm - 0.5 * count**0.5) < 1e-3 * norm
+    return ratios
+
+
+def test_matrices_decay_and_norms_do_not(one_rank: RankPool) -> None:
+    for name, ratio in one_rank.run(decay_case).items():
+        expected = 1.0 if name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
+        assert abs(ratio - expected) < 1e-6, name
+
+
 def reset_case(topology: Topology, platform: Platform) -> tuple[list[float], list[float]]:
     """Size of the moments and the step count, before and after a reset."""
     from nld_train.config.schema import OptimConfig, ParallelConfig
@@ -39,8 +72,8 @@ def reset_case(topology: Topology, platform: Platform) -> tuple[list[float], lis
     from nld_train.training.run import connect, wrap_data_parallel
 
     model = build_model(tiny_model(), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, platform)
-    optimizer = build_optimizer(OptimConfig(), [wrapped], platform, torch.float32)
+    wrapped = wrap_data_parallel(model, overlap=False)
+    optimizer = build_optimizer(OptimConfig(), [wrapped], torch.float32)
     connect(model, wrapped, optimizer)
     wrapped.zero_grad_buffer()
     for parameter in model.parameters():
