@@ -21,6 +21,7 @@ from nld_train.checkpoint.convert import exported_step
 from nld_train.training.metrics import TIMING_FIELDS
 
 ROOT = Path(__file__).parent.parent
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the layouts need more ranks than a machine may have GPUs
 BATCH, LENGTH = 4, 32
 STEPS = {"ar": 6, "joint": 10}
 
@@ -59,7 +60,13 @@ def command(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> list[str
 
 def train(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(run_dir, cache, *extra, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command(run_dir, cache, *extra, ranks=ranks),
+        cwd=ROOT,
+        env=ON_CPU,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
@@ -73,6 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
     result = train(run_dir, cache)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Warning" not in result.stderr, result.stderr
     return run_dir
 
 
@@ -108,6 +116,22 @@ def test_a_run_leaves_what_others_rely_on(undisturbed: Path) -> None:
         assert mode in log
 
 
+def test_the_snippet_of_the_model_card_runs(undisturbed: Path) -> None:
+    """As a user pastes it: outside the project, nobody there to answer a question."""
+    card = (undisturbed / "hf/README.md").read_text()
+    snippet = card.split("```python\n")[1].split("```")[0].replace("this folder", str(undisturbed / "hf"))
+    program = snippet + "\nprint(output_ids.shape[1] - prompt_ids.shape[1], num_forwards)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=undisturbed, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    num_tokens, num_forwards = map(int, result.stdout.split()[-2:])
+    assert num_tokens == 64
+    assert num_forwards <= 2 * num_tokens + 1
+    assert "y/N" not in result.stdout + result.stderr
+
+
 def test_starting_a_finished_run_says_so(undisturbed: Path, cache: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_bytes()
     result = train(undisturbed, cache)
@@ -127,7 +151,9 @@ def same_export(one: Path, other: Path) -> None:
 def start_and_kill(run_dir: Path, cache: Path, output: Path, is_time: Callable[[], bool]) -> None:
     """Start the job, kill -9 its main process when ``is_time()``, and see that nothing of it stays behind."""
     with output.open("w") as file:
-        process = subprocess.Popen(command(run_dir, cache), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command(run_dir, cache), cwd=ROOT, env=ON_CPU, stdout=file, stderr=file, start_new_session=True
+        )
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None and not is_time():
             time.sleep(0.02)
