@@ -1,10 +1,11 @@
 """A pool of gloo ranks: processes that start once and run many cases.
 
-Starting a process and importing torch and Megatron takes seconds, a case takes milliseconds. Each pool holds one
-process group for its life; a case gets its own Megatron topology on it. The test's own process never enters the CPU
-compatibility mode.
+Starting a process and importing torch and Megatron takes seconds, a case takes milliseconds. Each case gets process
+groups of its own, which end with it: gloo keeps several threads for every group, and Megatron makes some twenty groups.
+The test's own process never enters the CPU compatibility mode.
 """
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -26,18 +27,16 @@ _START_TIMEOUT = 120.0  # seconds
 _CASE_TIMEOUT = 240.0
 
 
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, connection: Connection) -> None:
     """Body of one rank: answer cases until told to stop."""
     os.environ.update({"LOCAL_WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from nld_train.platform.device import initialize_device
-    from nld_train.platform.topology import initialize_topology
+    from nld_train.platform.topology import initialize_topology, shutdown_topology
 
     platform = initialize_device(Device.cpu)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     connection.send(("ready", None))
     while True:
         try:
@@ -46,17 +45,18 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             os._exit(1)
         if message is None:
             break
-        case, parallel, seed, args = message
+        case, parallel, seed, store, args = message
         try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             topology = initialize_topology(parallel, platform, seed=seed)
             result = case(topology, platform, *args)
             answer = ("ok", result if rank == 0 else None)
         except BaseException:
             answer = ("error", traceback.format_exc())
         finally:
-            parallel_state.destroy_model_parallel()
+            shutdown_topology()
+            gc.collect()  # a group's threads end with its last reference, and the case's objects hold some in cycles
         connection.send(answer)
-    dist.destroy_process_group()
 
 
 class RankPool:
@@ -85,11 +85,10 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             # Not daemonic: the checkpoint writer starts a process of its own, which a daemon may not.
-            process = context.Process(target=_serve, args=(rank, self.world_size, str(store), theirs))
+            process = context.Process(target=_serve, args=(rank, self.world_size, theirs))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -127,7 +126,9 @@ class RankPool:
         """
         if not self._processes:
             self._start()
-        for connection in self._connections:
-            connection.send((case, parallel or ParallelConfig(), seed, args))
-        results = [self._receive(connection, _CASE_TIMEOUT) for connection in self._connections]
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for connection in self._connections:
+                connection.send((case, parallel or ParallelConfig(), seed, store, args))
+            results = [self._receive(connection, _CASE_TIMEOUT) for connection in self._connections]
         return results[0]

@@ -1,7 +1,5 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
-import fcntl
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
-from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
+from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import save_resolved, to_dict
 from nld_train.config.schema import Config, Precision
 from nld_train.data.dataset import TrainStream, ValidationSet
 from nld_train.data.prepare import prepare
-from nld_train.data.prepared import TRAIN, PreparedCorpus
+from nld_train.data.prepared import PreparedCorpus
 from nld_train.data.progress import RichProgress
-from nld_train.errors import ConfigError, DataError, Problem
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_model
@@ -26,24 +23,11 @@ from nld_train.platform.topology import Topology, topology_of
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
 from nld_train.training.optimizer import build_optimizer, choose_adam
-from nld_train.training.stages import Stage, plan_stages, stage_of_step
+from nld_train.training.run_folder import check_same_corpus, find_resume_point, lock_run_folder, make_folder
+from nld_train.training.stages import Stage, plan_stages
 from nld_train.training.trainer import Trainer
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-
-# What a resumed run must share with its checkpoint: a change here would change which tokens and masks a step sees, or
-# what its loss means in the middle of a curve.
-_FIXED_ON_RESUME = (
-    "run.seed",
-    "model",
-    "objective",
-    "data.corpus",
-    "data.sequence_length",
-    "data.validation_fraction",
-    "train.global_batch_size",
-    "train.precision",
-)
-_FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
 
 
 def run(config: Config) -> None:
@@ -64,14 +48,11 @@ def run(config: Config) -> None:
                 lock_run_folder(run_dir)
             stages = plan_stages(config)
             manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint)
-            resume_from = manager.latest()
-            resumed = read_info(resume_from) if resume_from is not None else None
-            if resumed is not None and resume_from is not None:
-                check_resumable(resumed, config, stages, resume_from)
+            resume = find_resume_point(manager, config, stages)
             corpus = prepare_corpus(config, topology)
-            if resumed is not None and resume_from is not None:
-                check_same_corpus(resumed, corpus, resume_from)
-            start_step = resumed.step if resumed is not None else 0
+            if resume is not None:
+                check_same_corpus(resume.info, corpus, resume.checkpoint)
+            start_step = resume.info.step if resume is not None else 0
             is_finished = start_step == stages[-1].last_step
             if is_main and not is_finished:
                 save_resolved(config, run_dir / "config.yaml")
@@ -96,13 +77,13 @@ def run(config: Config) -> None:
             model = build_model(
                 config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
             )
-            if config.init.hf_path is not None and resume_from is None:
+            if config.init.hf_path is not None and resume is None:
                 load_hf_weights(model, config.model, Path(config.init.hf_path))
             wrapped = wrap_data_parallel(model, overlap=platform.is_cuda)
             optimizer = build_optimizer(config.optim, [wrapped], dtype)
             connect(model, wrapped, optimizer)
-            if resume_from is not None:
-                manager.load(resume_from, wrapped, optimizer)
+            if resume is not None:
+                manager.load(resume.checkpoint, wrapped, optimizer)
 
             if is_main:
                 callbacks = build_callbacks(config)
@@ -121,7 +102,7 @@ def run(config: Config) -> None:
                 corpus=corpus,
                 start_step=start_step,
             )
-            checkpoint = trainer.train() or resume_from
+            checkpoint = trainer.train() or (resume.checkpoint if resume is not None else None)
         # The process groups are gone: no other rank waits, with a timeout, for what rank 0 still has to do.
         if is_finished:
             callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
@@ -129,43 +110,6 @@ def run(config: Config) -> None:
             finish(config, checkpoint, callbacks)
     finally:
         callbacks.on_run_end()
-
-
-def make_folder(key: str, path: Path) -> None:
-    """Create a folder that the configuration names.
-
-    Raises:
-        ConfigError: it cannot be created.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = Problem(key, f"{path} cannot be created ({error.strerror})", "name a folder that you may write to")
-        raise ConfigError([problem]) from error
-
-
-def lock_run_folder(run_dir: Path) -> None:
-    """Hold ``run_dir`` for this process; the kernel lets go when it ends, however it ends.
-
-    A record lock and not flock: loader workers are forked and would inherit the latter.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # kept open for the life of the process
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise ConfigError(
-            [
-                Problem(
-                    "run.dir",
-                    f"{run_dir} is in use by another run ({error.strerror})",
-                    "wait for it or stop it, or use another run.dir",
-                )
-            ]
-        ) from error
 
 
 def prepare_corpus(config: Config, topology: Topology) -> PreparedCorpus:
@@ -258,78 +202,3 @@ def finish(config: Config, checkpoint: Path, callbacks: Callback) -> None:
                 model, tokenizer, config.export.prompt, mode, max_new_tokens=config.export.max_new_tokens
             )
             callbacks.on_message(format_continuation(result))
-
-
-def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, ...], checkpoint: Path) -> None:
-    """Refuse to resume with another model, objective, data order or noise than the checkpoint was trained with.
-
-    Stages that are not over yet may be changed, and new ones appended; learning rates and optimizer settings, too.
-
-    Raises:
-        ConfigError: every key that differs.
-    """
-    saved, current = info.config, to_dict(config)
-    problems: list[Problem] = []
-
-    def compare(key: str, old: Any, new: Any) -> None:
-        if isinstance(old, dict) and isinstance(new, dict):
-            for name in old.keys() | new.keys():
-                compare(f"{key}.{name}", old.get(name), new.get(name))
-        elif old != new and key not in _FREE_ON_RESUME:
-            problems.append(
-                Problem(
-                    key,
-                    f"is {new}, but the run in {checkpoint.parent.parent} was started with {old}",
-                    f"use {key}={old} to resume it, or another run.dir to start anew",
-                )
-            )
-
-    def value(tree: dict[str, Any], key: str) -> Any:
-        for part in key.split("."):
-            tree = tree[part]
-        return tree
-
-    for key in _FIXED_ON_RESUME:
-        compare(key, value(saved, key), value(current, key))
-    last_step = stages[-1].last_step
-    if info.step > last_step:
-        problems.append(
-            Problem(
-                "stages",
-                f"end at step {last_step}, but {checkpoint} is of step {info.step}",
-                "give the stages at least as many tokens as were trained, or use another run.dir to start anew",
-            )
-        )
-    else:
-        names, current_stage = list(saved["stages"]), stage_of_step(stages, info.step)
-        if info.stage != current_stage.name or names[: current_stage.index] != [
-            stage.name for stage in stages[: current_stage.index]
-        ]:
-            problems.append(
-                Problem(
-                    "stages",
-                    f"{checkpoint} is of step {info.step} in stage {info.stage} of {names}; here that step is in stage "
-                    f"{current_stage.name} of {[stage.name for stage in stages]}",
-                    "keep the names and tokens of the stages that are over",
-                )
-            )
-        for stage in stages[: current_stage.index]:
-            if stage.name in saved["stages"]:
-                compare(f"stages.{stage.name}.tokens", saved["stages"][stage.name]["tokens"], stage.config.tokens)
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_same_corpus(info: CheckpointInfo, corpus: PreparedCorpus, checkpoint: Path) -> None:
-    """Refuse to resume on other training tokens than the checkpoint saw.
-
-    Raises:
-        DataError: the corpus has changed (the shipped one does with the version of Python).
-    """
-    found = corpus.part_hash(TRAIN)
-    if info.corpus_hash != found:
-        raise DataError(
-            str(corpus.folder),
-            f"its training tokens have hash {found[:16]}, those of {checkpoint} had {info.corpus_hash[:16]}",
-            "resume with the run's corpus (the shipped one: with its version of Python), or use another run.dir",
-        )

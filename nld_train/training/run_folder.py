@@ -1,0 +1,162 @@
+"""The folder of a run: created, held by one process at a time, and resumed only by the same run."""
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
+from nld_train.config.compose import to_dict
+from nld_train.config.schema import Config
+from nld_train.data.prepared import TRAIN, PreparedCorpus
+from nld_train.errors import ConfigError, DataError, Problem
+from nld_train.training.stages import Stage, stage_of_step
+
+# What a resumed run must share with its checkpoint: a change here would change which tokens and masks a step sees, or
+# what its loss means in the middle of a curve.
+_FIXED_ON_RESUME = (
+    "run.seed",
+    "model",
+    "objective",
+    "data.corpus",
+    "data.sequence_length",
+    "data.validation_fraction",
+    "train.global_batch_size",
+    "train.precision",
+)
+_FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """The newest complete checkpoint of a run."""
+
+    checkpoint: Path
+    info: CheckpointInfo
+
+
+def find_resume_point(manager: CheckpointManager, config: Config, stages: tuple[Stage, ...]) -> ResumePoint | None:
+    """Where the run goes on; None for a fresh one. Collective.
+
+    Raises:
+        ConfigError: the configuration describes another run than the checkpoint's.
+    """
+    checkpoint = manager.latest()
+    if checkpoint is None:
+        return None
+    info = read_info(checkpoint)
+    check_resumable(info, config, stages, checkpoint)
+    return ResumePoint(checkpoint, info)
+
+
+def make_folder(key: str, path: Path) -> None:
+    """Create a folder that the configuration names.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = Problem(key, f"{path} cannot be created ({error.strerror})", "name a folder that you may write to")
+        raise ConfigError([problem]) from error
+
+
+def lock_run_folder(run_dir: Path) -> None:
+    """Hold ``run_dir`` for this process; the kernel lets go when it ends, however it ends.
+
+    A record lock and not flock: loader workers are forked and would inherit the latter.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # kept open for the life of the process
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            [
+                Problem(
+                    "run.dir",
+                    f"{run_dir} is in use by another run ({error.strerror})",
+                    "wait for it or stop it, or use another run.dir",
+                )
+            ]
+        ) from error
+
+
+def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, ...], checkpoint: Path) -> None:
+    """Refuse to resume with another model, objective, data order or noise than the checkpoint was trained with.
+
+    Stages that are not over yet may be changed, and new ones appended; learning rates and optimizer settings, too.
+
+    Raises:
+        ConfigError: every key that differs.
+    """
+    saved, current = info.config, to_dict(config)
+    problems: list[Problem] = []
+
+    def compare(key: str, old: Any, new: Any) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for name in old.keys() | new.keys():
+                compare(f"{key}.{name}", old.get(name), new.get(name))
+        elif old != new and key not in _FREE_ON_RESUME:
+            problems.append(
+                Problem(
+                    key,
+                    f"is {new}, but the run in {checkpoint.parent.parent} was started with {old}",
+                    f"use {key}={old} to resume it, or another run.dir to start anew",
+                )
+            )
+
+    def value(tree: dict[str, Any], key: str) -> Any:
+        for part in key.split("."):
+            tree = tree[part]
+        return tree
+
+    for key in _FIXED_ON_RESUME:
+        compare(key, value(saved, key), value(current, key))
+    last_step = stages[-1].last_step
+    if info.step > last_step:
+        problems.append(
+            Problem(
+                "stages",
+                f"end at step {last_step}, but {checkpoint} is of step {info.step}",
+                "give the stages at least as many tokens as were trained, or use another run.dir to start anew",
+            )
+        )
+    else:
+        names, current_stage = list(saved["stages"]), stage_of_step(stages, info.step)
+        if info.stage != current_stage.name or names[: current_stage.index] != [
+            stage.name for stage in stages[: current_stage.index]
+        ]:
+            problems.append(
+                Problem(
+                    "stages",
+                    f"{checkpoint} is of step {info.step} in stage {info.stage} of {names}; here that step is in stage "
+                    f"{current_stage.name} of {[stage.name for stage in stages]}",
+                    "keep the names and tokens of the stages that are over",
+                )
+            )
+        for stage in stages[: current_stage.index]:
+            if stage.name in saved["stages"]:
+                compare(f"stages.{stage.name}.tokens", saved["stages"][stage.name]["tokens"], stage.config.tokens)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_same_corpus(info: CheckpointInfo, corpus: PreparedCorpus, checkpoint: Path) -> None:
+    """Refuse to resume on other training tokens than the checkpoint saw.
+
+    Raises:
+        DataError: the corpus has changed (the shipped one does with the version of Python).
+    """
+    found = corpus.part_hash(TRAIN)
+    if info.corpus_hash != found:
+        raise DataError(
+            str(corpus.folder),
+            f"its training tokens have hash {found[:16]}, those of {checkpoint} had {info.corpus_hash[:16]}",
+            "resume with the run's corpus (the shipped one: with its version of Python), or use another run.dir",
+        )
