@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(plot_run(arguments.run_dir, arguments.out, arguments.title))
     except (NLDError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(problem, file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 
 from nld_train.config.schema import Device, ParallelConfig
@@ -25,6 +26,7 @@ Case = Callable[..., Any]
 
 _START_TIMEOUT = 120.0  # seconds
 _CASE_TIMEOUT = 240.0
+_MAX_THREADS = 150
 
 
 def _serve(rank: int, world_size: int, connection: Connection) -> None:
@@ -77,6 +79,9 @@ class RankPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         for connection in self._connections:
             connection.send(None)
         for process in self._processes:
@@ -131,4 +136,7 @@ class RankPool:
             for connection in self._connections:
                 connection.send((case, parallel or ParallelConfig(), seed, store, args))
             results = [self._receive(connection, _CASE_TIMEOUT) for connection in self._connections]
+        # Some of Megatron's caches keep groups alive all the same; a pool that has collected many threads starts anew.
+        if any(psutil.Process(process.pid).num_threads() > _MAX_THREADS for process in self._processes):
+            self._stop()
         return results[0]
