@@ -1,15 +1,22 @@
-"""Convert checkpoints: ``python scripts/convert_checkpoint.py export --checkpoint RUN/checkpoints/step_* --out
-FOLDER``.
+"""Convert checkpoints between Megatron and Hugging Face form, compare the two, and say what a folder is.
 
-Exit status: 0 done, 1 the checkpoint cannot be used (the error names the file and the remedy), 2 wrong arguments.
+``import --hf FOLDER --out FOLDER``, ``export --checkpoint RUN/checkpoints/step_* --out FOLDER``, ``verify --checkpoint
+FOLDER --hf FOLDER``, ``inspect FOLDER``; each has ``--help``.
+
+Exit status: 0 done (verify: everything is equal), 1 a folder cannot be used (the error names the file and the remedy)
+or verify found a difference, 2 wrong arguments.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 from nld_train.errors import NLDError
 
@@ -26,12 +33,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def export(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from nld_train.checkpoint.convert import export_checkpoint
-
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+@contextmanager
+def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes on stderr, where that is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,8 +43,41 @@ def export(arguments: argparse.Namespace) -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"writing {arguments.out}", total=None)
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def to_megatron(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from nld_train.checkpoint.convert import import_checkpoint
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    with byte_bar(f"writing {arguments.out}") as progress:
+        import_checkpoint(
+            arguments.hf,
+            arguments.out,
+            dtype=dtypes[arguments.dtype],
+            overwrite=arguments.overwrite,
+            progress=progress,
+            notify=warn,
+        )
+    print(f"imported to {arguments.out}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from nld_train.checkpoint.convert import export_checkpoint
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    with byte_bar(f"writing {arguments.out}") as progress:
         export_checkpoint(
             arguments.checkpoint,
             arguments.out,
@@ -48,14 +85,54 @@ def export(arguments: argparse.Namespace) -> None:
             max_shard_bytes=arguments.max_shard_size,
             tokenizer=arguments.tokenizer,
             overwrite=arguments.overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
+            notify=warn,
         )
     print(f"exported to {arguments.out}")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from nld_train.checkpoint.verification import verify_checkpoint
+
+    with byte_bar("comparing") as progress:
+        report = verify_checkpoint(
+            arguments.checkpoint, arguments.hf, with_logits=not arguments.no_logits, progress=progress, notify=warn
+        )
+    table = Table(title=f"{arguments.checkpoint} against {arguments.hf}")
+    for column in ("what", "compared", "largest difference", "result"):
+        table.add_column(column, overflow="fold")
+    for row in report:
+        table.add_row(row.what, row.compared, f"{row.difference:.3g}", "equal" if row.is_equal else "DIFFERENT")
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
+    return 0 if all(row.is_equal for row in report) else 1
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from nld_train.checkpoint.inspection import inspect_folder
+
+    facts = inspect_folder(arguments.folder)
+    width = max(map(len, facts))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description="Convert checkpoints between Megatron and Hugging Face form.")
     commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser(
+        "import",
+        help="Hugging Face folder -> Megatron checkpoint",
+        description="Write a Megatron checkpoint that every tensor x pipeline layout loads from a folder of the "
+        "Ministral3, Mistral3 (the vision tower is left out) or NLD form: single or sharded safetensors, tied or not, "
+        "BF16, FP32, FP16, or FP8 with weight_scale_inv.",
+    )
+    one.add_argument("--hf", type=Path, required=True, help="folder to read")
+    one.add_argument("--out", type=Path, required=True, help="folder to write; appears only when it is complete")
+    one.add_argument("--dtype", choices=_DTYPES, help="of the written tensors (default: as stored)")
+    one.add_argument("--overwrite", action="store_true", help="replace the checkpoint where it exists")
+    one.set_defaults(run=to_megatron)
     one = commands.add_parser(
         "export",
         help="training checkpoint -> Hugging Face folder of the NLD form",
@@ -69,17 +146,35 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the one the run was trained with")
     one.add_argument("--overwrite", action="store_true", help="replace the folder where it exists")
     one.set_defaults(run=export)
+    one = commands.add_parser(
+        "verify",
+        help="compare a Megatron checkpoint with a Hugging Face folder",
+        description="Compare every tensor (exactly, or at the coarser dtype where they differ), then the logits of a "
+        "few sequences in float32: Megatron's model against transformers. The logits need both models in memory.",
+    )
+    one.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint")
+    one.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
+    one.add_argument("--no-logits", action="store_true", help="compare tensors only (memory of one tensor)")
+    one.set_defaults(run=verify)
+    one = commands.add_parser(
+        "inspect",
+        help="say what a folder is",
+        description="Form, sizes, dtype, parallel layout, step, tokens and stage of a run, a Megatron checkpoint or a "
+        "Hugging Face folder, from headers alone.",
+    )
+    one.add_argument("folder", type=Path)
+    one.set_defaults(run=inspect)
     return top
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int = arguments.run(arguments)
     except NLDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 if __name__ == "__main__":

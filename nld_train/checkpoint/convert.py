@@ -5,11 +5,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch.distributed.checkpoint import load as load_tensors
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
-from nld_train.checkpoint.manager import CheckpointInfo, read_info
+from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, write_streamed
 from nld_train.checkpoint.weight_map import NLD_FORM, WeightRule, weight_rules
 from nld_train.config.schema import ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, ConfigError, Problem
@@ -51,6 +53,14 @@ _STEP_METADATA = "nld_train_step"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+Notify = Callable[[str], None]
+"""Called with what the user should know and no error says."""
+
+
+def warn(text: str) -> None:
+    """The default of ``notify``."""
+    warnings.warn(text, stacklevel=3)
 
 
 def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _stored_tensor(reader: FileSystemReader, checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
+def stored_tensor(reader: FileSystemReader, checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
     """One whole parameter from the distributed checkpoint, whatever layout wrote it."""
     metadata = stored.get(rule.megatron)
     if not isinstance(metadata, TensorStorageMetadata):
@@ -130,6 +140,7 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    notify: Notify = warn,
 ) -> Path:
     """Write a Hugging Face folder of the NLD form from a training checkpoint of any parallel layout.
 
@@ -143,14 +154,24 @@ def export_checkpoint(
         tokenizer: folder whose tokenizer files are copied; None: the one the run was trained with.
         overwrite: replace ``out`` where it exists.
         progress: called with (bytes done, bytes in all).
+        notify: told what the folder will lack; None of it stops the export.
 
     Raises:
         CheckpointError: the checkpoint is not complete or ``out`` exists.
     """
     info = read_info(checkpoint)
-    _check_target(out, overwrite)
+    _check_target(out, overwrite, f"{_MODELING_MODULE}.py", "exported folder")
     source = tokenizer or (Path(os.path.normpath(checkpoint / info.tokenizer)) if info.tokenizer else None)
     tokenizer_files = _tokenizer_files(source) if source is not None else []
+    if not tokenizer_files:
+        notify(f"{checkpoint} has no tokenizer: the export has none either, until you name one with --tokenizer")
+    if not info.config:
+        notify(
+            f"{checkpoint} has no run's history (imported weights): mask_token_id, block_size and the loss weight in "
+            "config.json are the recipe's defaults, and the model card says what is unknown"
+        )
+    elif not info.step:
+        notify(f"{checkpoint} has no run's history (imported weights): the model card says what is unknown")
     dtype = dtype or getattr(torch, info.dtype)
     rules = list(weight_rules(info.model))
     shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names(NLD_FORM), rule.shapes, strict=True)}
@@ -160,14 +181,11 @@ def export_checkpoint(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for rule in rules:
-            parts = rule.split(_stored_tensor(reader, checkpoint, rule, stored))
+            parts = rule.split(stored_tensor(reader, checkpoint, rule, stored))
             for name, part in zip(rule.hf_names(NLD_FORM), parts, strict=True):
                 yield name, part.to(dtype)
 
-    temporary = out.parent / f".incomplete_{out.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with _whole_or_absent(out) as temporary:
         done = 0
         for num_bytes in write_safetensors_stream(
             temporary,
@@ -193,15 +211,113 @@ def export_checkpoint(
         for file in tokenizer_files:
             shutil.copyfile(file, temporary / file.name)
         (temporary / "README.md").write_text(_model_card(info, dtype, has_tokenizer=bool(tokenizer_files)))
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+    return out
+
+
+def import_checkpoint(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    notify: Notify = warn,
+) -> Path:
+    """Write a Megatron checkpoint, loadable at every parallel layout, from a Hugging Face folder.
+
+    One process, one parameter in memory at a time; the folder appears under its name only when it is complete. Its
+    step is 0 and it has no run's configuration (the NLD form knows its mask token and block size, which are kept); the
+    tokenizer's files are copied into it.
+
+    Args:
+        folder: of a form that :class:`HFFolder` reads.
+        out: the checkpoint to write.
+        dtype: of the written parameters; None: as stored (FP8: bfloat16).
+        overwrite: replace ``out`` where it exists.
+        progress: called with (bytes done, bytes in all).
+        notify: told which tensors of the folder are left out.
+
+    Raises:
+        CheckpointError: the folder cannot be used, or ``out`` exists.
+    """
+    _check_target(out, overwrite, INFO_FILE, "checkpoint")
+    with HFFolder(folder) as source:
+        rules = list(weight_rules(source.model))
+        source.check(rules)
+        for note in source.notes:
+            notify(note)
+        chosen = dtype or source.dtype
+        tokenizer_files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+        info = CheckpointInfo(
+            step=0,
+            tokens=0,
+            stage="",
+            samples=0,
+            dtype=str(chosen).removeprefix("torch."),
+            model=source.model,
+            parallel={},
+            config=_objective(source),
+            metrics={},
+            tokenizer="tokenizer" if tokenizer_files else "",
+            corpus_hash="",
+        )
+        total = sum(torch.Size(shape).numel() for rule in rules for shape in rule.shapes) * chosen.itemsize
+
+        def parameters() -> Iterator[tuple[str, Tensor]]:
+            for rule in rules:
+                yield rule.megatron, rule.join(hf_parts(source, rule)).to(chosen)
+
+        with _whole_or_absent(out) as temporary:
+            if tokenizer_files:
+                (temporary / "tokenizer").mkdir()
+                for file in tokenizer_files:
+                    shutil.copyfile(file, temporary / "tokenizer" / file.name)
+            done = 0
+            for num_bytes in write_streamed(temporary, parameters(), info):
+                done += num_bytes
+                if progress is not None:
+                    progress(done, total)
+    return out
+
+
+def _objective(source: HFFolder) -> dict[str, Any]:
+    """What the NLD form says of how the weights were trained; {} for the others."""
+    if source.architecture != "NemotronLabsDiffusionModel":
+        return {}
+    keys = {
+        "mask_token_id": "mask_token_id",
+        "block_size": "block_size",
+        "diffusion_loss_weight": "dlm_loss_weight",
+    }
+    known = {ours: source.config[theirs] for ours, theirs in keys.items() if theirs in source.config}
+    return {"objective": known} if known else {}
+
+
+def hf_parts(source: HFFolder, rule: WeightRule) -> tuple[Tensor, ...]:
+    """The folder's tensors that make up one parameter."""
+    names = rule.hf_names(source.form)
+    return tuple(source.tensor(name, shape) for name, shape in zip(names, rule.shapes, strict=True))
+
+
+@contextmanager
+def _whole_or_absent(out: Path) -> Iterator[Path]:
+    """A folder under a temporary name; synced and renamed to ``out`` at the end, removed where anything fails.
+
+    Raises:
+        CheckpointError: in place of an OSError.
+    """
+    temporary = out.parent / f".incomplete_{out.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
         _replace(temporary, out)
     except OSError as error:
         raise CheckpointError(str(out), f"cannot be written: {error}", "free space or name another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return out
 
 
 def exported_step(folder: Path) -> int | None:
@@ -216,17 +332,15 @@ def exported_step(folder: Path) -> int | None:
     return None
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    """An existing folder is replaced only when that was asked for, and only if it is an export or empty."""
+def _check_target(out: Path, overwrite: bool, marker: str, kind: str) -> None:
+    """An existing folder is replaced only when that was asked for, and only if it is of the same kind or empty."""
     if not out.exists():
         return
     if not overwrite:
         raise CheckpointError(str(out), "exists already", "name another folder or pass --overwrite")
-    is_export = out.is_dir() and (out / f"{_MODELING_MODULE}.py").exists()
-    if not is_export and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(
-            str(out), "exists and is no exported folder", "name another folder, or remove it yourself"
-        )
+    is_same = out.is_dir() and (out / marker).exists()
+    if not is_same and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(str(out), f"exists and is no {kind}", "name another folder, or remove it yourself")
 
 
 def _tokenizer_files(source: Path) -> list[Path]:
@@ -322,19 +436,18 @@ def load_hf_weights(model: NLDModel, config: ModelConfig, folder: Path) -> None:
     """Initialise this rank's part of the model from a Hugging Face folder (``init.hf_path``).
 
     Every rank reads only the tensors of its own layers, one at a time. Norms, embedding and head take the model's
-    dtype; a tied folder gives the head a copy of the embedding.
+    dtype; a tied folder gives the head a copy of the embedding. Rank 0 warns about what is left out (a vision tower).
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     rules = {rule.megatron: rule for rule in weight_rules(config)}
     with HFFolder(folder) as source:
         check_same_model(source, config)
-        source.check_names({name for rule in rules.values() for name in rule.hf_names(source.form)})
+        source.check(rules.values())
+        if dist.get_rank() == 0:
+            for note in source.notes:
+                warn(note)
         for local_name, parameter in model.named_parameters():
             name = global_parameter_name(model, local_name)
-            rule = rules[name]
-            parts = tuple(
-                source.tensor(hf_name, shape)
-                for hf_name, shape in zip(rule.hf_names(source.form), rule.shapes, strict=True)
-            )
-            parameter.copy_(tensor_parallel_slice(name, rule.join(parts), rank, size))
+            whole = rules[name].join(hf_parts(source, rules[name]))
+            parameter.copy_(tensor_parallel_slice(name, whole, rank, size))

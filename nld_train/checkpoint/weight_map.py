@@ -16,6 +16,10 @@ from nld_train.config.schema import ModelConfig
 # Prefixes of the tensor names in the Hugging Face forms that can be read; NLD is the one that is written.
 NLD_FORM = {"decoder": "encoder.", "head": "diffusion_head.weight"}
 MINISTRAL3_FORM = {"decoder": "model.", "head": "lm_head.weight"}
+# The vision-language form as published and as transformers writes it, and the names of its modules in memory, which
+# other tools write.
+MISTRAL3_FORM = {"decoder": "language_model.model.", "head": "language_model.lm_head.weight"}
+MISTRAL3_MODULE_FORM = {"decoder": "model.language_model.", "head": "lm_head.weight"}
 
 
 @dataclass(frozen=True, slots=True)

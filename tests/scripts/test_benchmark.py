@@ -85,3 +85,60 @@ def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(root)}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(900)
+def test_conversion_is_half_as_fast_as_copying_and_small_in_memory(tmp_path: Path):
+    command = [sys.executable, str(SCRIPT), "convert", "--check", "--rounds", "3", "--json", tmp_path / "a.json"]
+    root = SCRIPT.parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "peak anonymous memory" in finished.stdout
+
+
+def test_anonymous_memory_of_a_process_is_read(benchmark: dict[str, Any]):
+    before = benchmark["anonymous_bytes"](os.getpid())
+    block = torch.ones(50_000_000, dtype=torch.uint8)
+    assert benchmark["anonymous_bytes"](os.getpid()) - before > 40_000_000
+    assert len(block) == 50_000_000
+    assert benchmark["anonymous_bytes"](2**30) == 0
+
+
+def test_a_conversion_runs_in_a_process_of_its_own_and_its_result_is_checked(tmp_path: Path):
+    """Through an ordinary import: the child process imports the module again."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import benchmark
+from pathlib import Path
+from nld_train.config.schema import ModelConfig
+if __name__ == "__main__":
+    folder = Path({str(tmp_path)!r})
+    shape = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=4, vocab_size=128)
+    for name in ("hf", "other"):
+        benchmark.write_random_folder(
+            folder / name, ModelConfig(num_layers=1 + (name == "other"), hidden_size=8, ffn_hidden_size=8, **shape)
+        )
+    works = [
+        benchmark.Conversion(benchmark.import_folder, folder / "hf", folder / "checkpoint"),
+        benchmark.Conversion(benchmark.export_folder, folder / "checkpoint", folder / "out", original=folder / "hf"),
+    ]
+    for work in works:
+        work()
+        assert work.seconds > 0 and work.peak_bytes > 1e6
+    try:
+        benchmark.Conversion(benchmark.copy_files, folder / "hf", folder / "out", original=folder / "other")()
+    except RuntimeError as error:
+        print(error)
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    root = SCRIPT.parents[1]
+    finished = subprocess.run(
+        [sys.executable, str(script)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert "hold other tensors" in finished.stdout

@@ -16,11 +16,34 @@ def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_help_names_every_option() -> None:
-    result = convert("export", "--help")
+OPTIONS = {
+    "import": ("--hf", "--out", "--dtype", "--overwrite"),
+    "export": ("--checkpoint", "--out", "--dtype", "--max-shard-size", "--tokenizer", "--overwrite"),
+    "verify": ("--checkpoint", "--hf", "--no-logits"),
+    "inspect": ("folder",),
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(command: str) -> None:
+    result = convert(command, "--help")
     assert result.returncode == 0
-    for option in ("--checkpoint", "--out", "--dtype", "--max-shard-size", "--tokenizer", "--overwrite"):
+    for option in OPTIONS[command]:
         assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("import", "--hf", "{}", "--out", "{}/out"), "config.json"), (("inspect", "{}"), "config.json")],
+)
+def test_a_folder_of_no_known_form_is_named(arguments: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    result = convert(*(argument.format(tmp_path) for argument in arguments))
+    assert result.returncode == 1
+    assert str(tmp_path) in result.stderr
+    assert named in result.stderr
+    assert "remedy" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

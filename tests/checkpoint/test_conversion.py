@@ -1,0 +1,495 @@
+"""Import, export and import again are bit-exact in every form; bad folders are refused and leave nothing behind."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from nld_train.checkpoint.convert import export_checkpoint, hf_config, import_checkpoint, stored_tensor
+from nld_train.checkpoint.inspection import inspect_folder
+from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
+from nld_train.checkpoint.verification import verify_checkpoint
+from nld_train.checkpoint.weight_map import (
+    MINISTRAL3_FORM,
+    MISTRAL3_FORM,
+    MISTRAL3_MODULE_FORM,
+    NLD_FORM,
+    weight_rules,
+)
+from nld_train.config.schema import CheckpointConfig, ModelConfig, ParallelConfig
+from nld_train.errors import CheckpointError
+from nld_train.model.build import build_model
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
+from nld_train.testing.ranks import RankPool
+from nld_train.testing.steps import tiny_model, whole_tensors
+from nld_train.training.run import wrap_data_parallel
+
+ROOT = Path(__file__).parents[2]
+MODEL = tiny_model(num_attention_heads=6, num_key_value_heads=2, hidden_size=50, ffn_hidden_size=70, vocab_size=107)
+OBJECTIVE = {"mask_token_id": 5, "block_size": 16, "diffusion_loss_weight": 0.7}
+ARCHITECTURES = {
+    "ministral3": ("Ministral3ForCausalLM", MINISTRAL3_FORM),
+    "mistral3": ("Mistral3ForConditionalGeneration", MISTRAL3_FORM),
+    "mistral3 modules": ("Mistral3ForConditionalGeneration", MISTRAL3_MODULE_FORM),
+    "nld": ("NemotronLabsDiffusionModel", NLD_FORM),
+}
+
+
+def silent(text: str) -> None:
+    del text
+
+
+@dataclass(slots=True, kw_only=True)
+class Folder:
+    """A Hugging Face folder to write: change what shall be odd, then ``write``."""
+
+    kind: str = "ministral3"
+    model: ModelConfig = field(default_factory=lambda: MODEL)
+    dtype: torch.dtype = torch.bfloat16
+    is_tied: bool = False
+    num_files: int = 1
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        architecture, form = ARCHITECTURES[self.kind]
+        generator = torch.Generator().manual_seed(8)
+        for rule in weight_rules(self.model):
+            for name, shape in zip(rule.hf_names(form), rule.shapes, strict=True):
+                self.tensors[name] = (torch.randn(shape, generator=generator) * 0.3).to(self.dtype)
+        if self.is_tied:
+            del self.tensors[form["head"]]
+        info = CheckpointInfo(
+            step=0, tokens=0, stage="", samples=0, dtype="", model=self.model, parallel={}, config={}, metrics={},
+            tokenizer="", corpus_hash="",
+        )  # fmt: skip
+        text = hf_config(info, self.dtype) | {"architectures": [architecture], "tie_word_embeddings": self.is_tied}
+        self.config = text
+        if self.kind == "nld":
+            text |= {"mask_token_id": 5, "block_size": 16, "dlm_loss_weight": 0.7}
+        if self.kind.startswith("mistral3"):
+            del text["architectures"]
+            # The top level says the opposite: only text_config counts.
+            self.config = {
+                "architectures": [architecture],
+                "text_config": text,
+                "tie_word_embeddings": not self.is_tied,
+            }
+            vision = "model." if self.kind == "mistral3 modules" else ""
+            self.tensors[f"{vision}vision_tower.ln_pre.weight"] = torch.ones(3)
+            self.tensors[f"{vision}multi_modal_projector.norm.weight"] = torch.ones(3)
+
+    def write(self, path: Path) -> Path:
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(self.config))
+        names = list(self.tensors)
+        if self.num_files == 1:
+            save_file(self.tensors, path / "model.safetensors")
+            return path
+        weight_map = {}
+        for number in range(self.num_files):
+            file = f"model-{number + 1:05d}-of-{self.num_files:05d}.safetensors"
+            part = names[number :: self.num_files]
+            save_file({name: self.tensors[name] for name in part}, path / file)
+            weight_map |= dict.fromkeys(part, file)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return path
+
+    def quantise(self, block: list[int] | None) -> dict[str, Tensor]:
+        """Turn every projection into FP8 with scales; returns the weights that a reader must see."""
+        self.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": block}
+        expected = dict(self.tensors)
+        for name, weight in list(self.tensors.items()):
+            if not name.endswith("_proj.weight"):
+                continue
+            rows, columns = block or weight.shape
+            scale = torch.rand(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)) + 0.01
+            full = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)
+            full = full[:, : weight.shape[1]]
+            eighth = (weight.float() / full).to(torch.float8_e4m3fn)
+            expected[name] = (eighth.float() * full).bfloat16()
+            self.tensors[name] = eighth
+            self.tensors[f"{name}_scale_inv"] = scale if block else scale.reshape(())
+            self.tensors[name.replace(".weight", ".activation_scale")] = torch.ones(())
+        return expected
+
+
+def stored(checkpoint: Path) -> dict[str, Tensor]:
+    """Every parameter of a Megatron checkpoint."""
+    reader = FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    rules = weight_rules(read_info(checkpoint).model)
+    return {rule.megatron: stored_tensor(reader, checkpoint, rule, entries) for rule in rules}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+CASES = [
+    *(Folder(kind=kind, is_tied=is_tied) for kind in ARCHITECTURES for is_tied in (False, True)),
+    Folder(num_files=3, dtype=torch.float32),
+    Folder(kind="mistral3", num_files=2, dtype=torch.float16),
+]
+
+
+@pytest.mark.parametrize(
+    "source", CASES, ids=lambda c: f"{c.kind}-tied{c.is_tied}-{c.num_files}-{str(c.dtype).split('.')[1]}"
+)
+def test_import_export_import_is_bit_exact(source: Folder, tmp_path: Path) -> None:
+    notes: list[str] = []
+    progress: list[tuple[int, int]] = []
+    first = import_checkpoint(
+        source.write(tmp_path / "in"),
+        tmp_path / "a",
+        notify=notes.append,
+        progress=lambda done, total: progress.append((done, total)),
+    )
+    info = read_info(first)
+    assert (info.step, info.stage) == (0, "")
+    assert info.config == ({"objective": OBJECTIVE} if source.kind == "nld" else {})
+    assert info.dtype == str(source.dtype).removeprefix("torch.")
+    assert ("2 tensors of the vision tower" in " ".join(notes)) == source.kind.startswith("mistral3")
+    assert progress[-1][0] == progress[-1][1] > 0
+
+    form = ARCHITECTURES[source.kind][1]
+    head = source.tensors[form["decoder"] + "embed_tokens.weight" if source.is_tied else form["head"]]
+    expected = {
+        rule.megatron: rule.join(tuple(source.tensors.get(name, head) for name in rule.hf_names(form)))
+        for rule in weight_rules(MODEL)
+    }
+    found = stored(first)
+    same(found, expected)
+
+    exported = export_checkpoint(first, tmp_path / "b", notify=notes.append, max_shard_bytes=20_000)
+    assert "no run's history" in notes[-1]
+    assert "no tokenizer" in notes[-2]
+    card = (exported / "README.md").read_text()
+    assert "losses: unknown" in card
+    assert ("objective: unknown" in card) == (source.kind != "nld")
+    config = json.loads((exported / "config.json").read_text())
+    assert config["block_size"] == (OBJECTIVE["block_size"] if source.kind == "nld" else 32)
+    same(stored(import_checkpoint(exported, tmp_path / "c", notify=silent)), found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "in"]
+
+
+def test_vision_language_and_text_form_give_the_same_checkpoint(tmp_path: Path) -> None:
+    checkpoints = []
+    for number, kind in enumerate(("ministral3", "mistral3", "mistral3 modules", "nld")):
+        folder = Folder(kind=kind, is_tied=True).write(tmp_path / f"{number}")
+        checkpoints.append(stored(import_checkpoint(folder, tmp_path / f"{number}m", notify=silent)))
+    for other in checkpoints[1:]:
+        same(other, checkpoints[0])
+    assert torch.equal(checkpoints[0]["output_layer.weight"], checkpoints[0]["embedding.word_embeddings.weight"])
+
+
+def test_import_in_another_dtype(tmp_path: Path) -> None:
+    source = Folder(dtype=torch.float32)
+    folder = source.write(tmp_path / "in")
+    narrow = import_checkpoint(folder, tmp_path / "a", dtype=torch.bfloat16)
+    assert read_info(narrow).dtype == "bfloat16"
+    assert torch.equal(stored(narrow)["output_layer.weight"], source.tensors["lm_head.weight"].bfloat16())
+    source.tensors["model.norm.weight"] = source.tensors["model.norm.weight"].bfloat16()
+    mixed = import_checkpoint(source.write(tmp_path / "mixed"), tmp_path / "b")
+    assert read_info(mixed).dtype == "float32"  # holds both exactly
+
+
+@pytest.mark.parametrize("block", [None, [16, 32], [128, 128]], ids=str)
+@pytest.mark.parametrize("kind", ["ministral3", "mistral3"])
+def test_fp8_is_dequantised(kind: str, block: list[int] | None, tmp_path: Path) -> None:
+    source = Folder(kind=kind)
+    expected = source.quantise(block)
+    notes: list[str] = []
+    found = stored(import_checkpoint(source.write(tmp_path / "in"), tmp_path / "out", notify=notes.append))
+    form = ARCHITECTURES[kind][1]
+    for rule in weight_rules(MODEL):
+        whole = rule.join(tuple(expected[name] for name in rule.hf_names(form)))
+        assert found[rule.megatron].dtype is torch.bfloat16
+        assert torch.equal(found[rule.megatron], whole), rule.megatron
+    assert "14 tensors hold FP8 activation scales" in notes[-1]
+
+
+def load_whole(topology: Topology, platform: Platform, parallel: ParallelConfig, checkpoint: str) -> dict[str, Tensor]:
+    model = build_model(MODEL_TP, parallel, dtype=torch.float32, device=platform.device, seed=99)
+    wrapped = wrap_data_parallel(model, overlap=False)
+    CheckpointManager(Path(checkpoint).parent, CheckpointConfig()).load(Path(checkpoint), wrapped, None)
+    return whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+
+
+MODEL_TP = tiny_model(hidden_size=50, ffn_hidden_size=70)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor_model_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2),
+    ],
+    ids=["single", "tp2", "pp2"],
+)
+def test_an_import_loads_at_every_layout(
+    one_rank: RankPool, two_ranks: RankPool, tmp_path: Path, parallel: ParallelConfig
+) -> None:
+    source = Folder(model=MODEL_TP, dtype=torch.float32)
+    checkpoint = import_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
+    pool = one_rank if parallel == ParallelConfig() else two_ranks
+    same(pool.run(load_whole, parallel, str(checkpoint), parallel=parallel), stored(checkpoint))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+
+
+def rename_in_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00002", "model-00007"))
+
+
+def retensor(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def reconfig(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+NORM = "model.norm.weight"
+BAD = {
+    "truncated": (1, truncate, r"model\.safetensors: is not a readable safetensors.*has \d+ bytes, expected \d+"),
+    "missing shard": (
+        2,
+        lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
+        r"model-00002-of-00002\.safetensors: missing, but named in",
+    ),
+    "index names a missing file": (2, rename_in_index, r"model-00007-of-00002\.safetensors: missing, but named"),
+    "missing tensor": (1, retensor(lambda tensors: tensors.pop(NORM)), r"1 tensors are missing: model\.norm\.weight"),
+    "extra tensor": (
+        1,
+        retensor(lambda tensors: tensors.update(odd=torch.ones(1))),
+        "1 tensors are not part of the model.*: odd",
+    ),
+    "vision in the text form": (
+        1,
+        retensor(lambda tensors: tensors.update({"vision_tower.x": torch.ones(1)})),
+        r"1 tensors are not part of the model.*: vision_tower\.x",
+    ),
+    "wrong shape": (
+        1,
+        retensor(lambda tensors: tensors.update({NORM: torch.ones(3, dtype=torch.bfloat16)})),
+        r"model\.safetensors: tensor model\.norm\.weight has shape \(3,\), expected \(50,\)",
+    ),
+    "unknown architecture": (1, reconfig(architectures=["LlamaForCausalLM"]), r"config\.json: .*LlamaForCausalLM"),
+    "fp8 without scales": (
+        1,
+        retensor(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)})),
+        r"model\.norm\.weight is stored as F8_E4M3, but its scales model\.norm\.weight_scale_inv are missing",
+    ),
+    "another quantisation": (1, reconfig(quantization_config={"quant_method": "awq"}), "quantization_config.*awq"),
+    "integers": (1, retensor(lambda tensors: tensors.update({NORM: torch.ones(50, dtype=torch.int32)})), "as I32"),
+    "not JSON": (1, lambda folder: (folder / "config.json").write_text("{oh"), r"config\.json: is not readable JSON"),
+    "no config": (1, lambda folder: (folder / "config.json").unlink(), r"config\.json: not found"),
+    "tied to another head": (1, reconfig(tie_word_embeddings=True), r"lm_head\.weight differs from model\.embed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_folder_is_refused_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    num_files, edit, message = BAD[name]
+    folder = Folder(num_files=num_files).write(tmp_path / "in")
+    edit(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        import_checkpoint(folder, tmp_path / "out")
+    assert "remedy" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    folder = Folder().write(tmp_path / "in")
+    out = import_checkpoint(folder, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(CheckpointError, match="exists already"):
+        import_checkpoint(folder, out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        import_checkpoint(folder, folder, overwrite=True)
+    import_checkpoint(folder, out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    folder = Folder().write(tmp_path / "in")
+    (folder / "tokenizer.json").write_text("{}")
+    checkpoint = import_checkpoint(folder, tmp_path / "a")
+    shutil.rmtree(folder)
+    exported = export_checkpoint(checkpoint, tmp_path / "b", notify=silent)
+    assert (exported / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
+    folder = Folder().write(tmp_path / "in")
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        import_checkpoint(folder, small_disk / "out")
+    assert not list(small_disk.iterdir())
+    checkpoint = import_checkpoint(folder, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        export_checkpoint(checkpoint, small_disk / "out", notify=silent)
+    assert not list(small_disk.iterdir())
+
+
+SLOW_IMPORT = """
+import sys, time
+from pathlib import Path
+from nld_train.checkpoint.convert import import_checkpoint
+print("ready", flush=True)
+import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda done, total: time.sleep(0.02))
+"""
+
+
+def kill_one_conversion(folder: Path, out: Path, delay: float) -> None:
+    """kill -9 after ``delay`` seconds of work, then what is there is whole or has no finished name."""
+    command = [sys.executable, "-c", SLOW_IMPORT, str(folder), str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    names = {path.name for path in out.parent.iterdir()} - {folder.name}
+    assert names <= {out.name, f".incomplete_{out.name}"}, names
+    if out.exists():
+        same(stored(out), stored(import_checkpoint(folder, out.parent / "whole")))
+        shutil.rmtree(out.parent / "whole")
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
+def test_kill_at_a_random_moment(count: int, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    folder = Folder().write(tmp_path / "in")
+    for _ in range(count):
+        kill_one_conversion(folder, tmp_path / "out", chance.uniform(0.0, 0.5))
+    out = import_checkpoint(folder, tmp_path / "out")  # and what a killed one left is no hindrance
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert read_info(out).step == 0
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_verify_says_equal_and_names_what_differs(tmp_path: Path) -> None:
+    """The command as a user calls it: the vision-language form in, the NLD form out, then one number changed."""
+    folder = Folder(kind="mistral3", is_tied=True).write(tmp_path / "in")
+    done = convert("import", "--hf", folder, "--out", tmp_path / "ck")
+    assert done.returncode == 0, done.stderr
+    assert "vision tower" in done.stderr
+    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "random ids" in done.stdout
+    assert "DIFFERENT" not in done.stdout
+
+    done = convert("export", "--checkpoint", tmp_path / "ck", "--out", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert "warning" in done.stderr
+    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "logits" in done.stdout
+
+    name = "encoder.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors[name][3, 4] += 0.25
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", tmp_path / "hf")
+    assert done.returncode == 1
+    different = [line for line in done.stdout.splitlines() if "DIFFERENT" in line]
+    assert len(different) == 4  # the tensor and the three sequences
+    assert name in different[0]
+
+
+def test_verify_at_another_dtype_and_of_fp8(tmp_path: Path) -> None:
+    source = Folder(dtype=torch.float32)
+    folder = source.write(tmp_path / "in")
+    checkpoint = import_checkpoint(folder, tmp_path / "a", dtype=torch.bfloat16)
+    assert all(row.is_equal for row in verify_checkpoint(checkpoint, folder, with_logits=False))
+    eighth = Folder()
+    eighth.quantise([16, 32])
+    folder = eighth.write(tmp_path / "fp8")
+    checkpoint = import_checkpoint(folder, tmp_path / "b", notify=silent)
+    assert all(row.is_equal for row in verify_checkpoint(checkpoint, folder, with_logits=False, notify=silent))
+    other = Folder(model=tiny_model()).write(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="vocab_size is 107 and 96"):
+        verify_checkpoint(checkpoint, other)
+
+
+def test_inspect_reads_headers_only(tmp_path: Path) -> None:
+    folder = Folder(kind="mistral3", is_tied=True, num_files=2).write(tmp_path / "in")
+    checkpoint = import_checkpoint(folder, tmp_path / "run" / "checkpoints" / "step_00000000", notify=silent)
+    exported = export_checkpoint(checkpoint, tmp_path / "hf", notify=silent)
+    facts = inspect_folder(folder)
+    assert facts["form"] == "Hugging Face folder, vision-language form (Mistral3)"
+    assert (facts["head"], facts["files"]) == ("tied to the embedding", "2")
+    facts = inspect_folder(checkpoint)
+    assert facts["form"] == "Megatron checkpoint of imported weights"
+    numbers = sum(tensor.numel() for tensor in stored(checkpoint).values())
+    assert (facts["parameters"], facts["dtype"], facts["step"]) == (f"{numbers:,}", "bfloat16", "0")
+    assert facts["tensors"] == f"{len(stored(checkpoint))} parameters"
+    assert "without optimizer state" in facts["files"]
+    assert inspect_folder(tmp_path / "run")["latest checkpoint"] == str(checkpoint)
+    facts = inspect_folder(exported)
+    assert (facts["form"], facts["step"]) == ("Hugging Face folder, NLD form", "0")
+    for bad, message in ((tmp_path, "holds no"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(CheckpointError, match=message):
+            inspect_folder(bad)
+    (tmp_path / ".incomplete_x").mkdir()
+    with pytest.raises(CheckpointError, match="interrupted"):
+        inspect_folder(tmp_path / ".incomplete_x")
+    program = (
+        "import sys; from scripts.convert_checkpoint import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "inspect", str(exported)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
