@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import load as load_tensors
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
-from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, write_streamed
+from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, sync_path, write_streamed
 from nld_train.checkpoint.weight_map import NLD_FORM, WeightRule, weight_rules
 from nld_train.config.schema import ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, ConfigError, Problem
@@ -312,7 +312,7 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync_path(path)
         _replace(temporary, out)
     except OSError as error:
         raise CheckpointError(str(out), f"cannot be written: {error}", "free space or name another folder") from error
@@ -350,14 +350,6 @@ def _tokenizer_files(source: Path) -> list[Path]:
     return found
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(temporary: Path, out: Path) -> None:
     """Rename onto ``out``; an older folder there is moved aside first and removed last."""
     old = out.parent / f".old_{out.name}"
@@ -365,7 +357,7 @@ def _replace(temporary: Path, out: Path) -> None:
     if out.exists():
         out.rename(old)
     temporary.rename(out)
-    _sync(out.parent)
+    sync_path(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

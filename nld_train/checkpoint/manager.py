@@ -99,7 +99,8 @@ def _write_json_synced(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -176,11 +177,11 @@ def save_sharded(folder: Path, state: dict[str, Any], info: CheckpointInfo) -> N
     dist.barrier()
     if is_main:
         _write_json_synced(temporary / INFO_FILE, info_to_dict(info))
-        _sync_directory(temporary)
+        sync_path(temporary)
         if folder.exists():  # the same step again, from a run that was started over
             _remove(folder)
         temporary.rename(folder)
-        _sync_directory(folder.parent)
+        sync_path(folder.parent)
     dist.barrier()
 
 
