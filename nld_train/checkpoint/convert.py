@@ -15,12 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as load_tensors
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
-from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, sync_path, write_streamed
+from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, sync_path, write_info
+from nld_train.checkpoint.streaming import StoredParameters, write_parameters
 from nld_train.checkpoint.weight_map import NLD_FORM, WeightRule, weight_rules
 from nld_train.config.schema import ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, ConfigError, Problem
@@ -117,20 +115,6 @@ def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def stored_tensor(reader: FileSystemReader, checkpoint: Path, rule: WeightRule, stored: dict[str, Any]) -> Tensor:
-    """One whole parameter from the distributed checkpoint, whatever layout wrote it."""
-    metadata = stored.get(rule.megatron)
-    if not isinstance(metadata, TensorStorageMetadata):
-        raise CheckpointError(
-            str(checkpoint), f"tensor {rule.megatron} is missing", "use a complete checkpoint of this model"
-        )
-    tensor = torch.empty(metadata.size, dtype=metadata.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process": it is
-        load_tensors({rule.megatron: tensor}, storage_reader=reader, no_dist=True)
-    return tensor
-
-
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
@@ -175,13 +159,12 @@ def export_checkpoint(
     dtype = dtype or getattr(torch, info.dtype)
     rules = list(weight_rules(info.model))
     shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names(NLD_FORM), rule.shapes, strict=True)}
-    reader = FileSystemReader(checkpoint)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = StoredParameters(checkpoint)
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for rule in rules:
-            parts = rule.split(stored_tensor(reader, checkpoint, rule, stored))
+            parts = rule.split(stored.tensor(rule.megatron))
             for name, part in zip(rule.hf_names(NLD_FORM), parts, strict=True):
                 yield name, part.to(dtype)
 
@@ -273,10 +256,11 @@ def import_checkpoint(
                 for file in tokenizer_files:
                     shutil.copyfile(file, temporary / "tokenizer" / file.name)
             done = 0
-            for num_bytes in write_streamed(temporary, parameters(), info):
+            for num_bytes in write_parameters(temporary, parameters(), source.model.num_layers):
                 done += num_bytes
                 if progress is not None:
                     progress(done, total)
+            write_info(temporary, info)
     return out
 
 

@@ -5,7 +5,6 @@ shard file, whose header is known in advance because all shapes are.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
@@ -26,6 +25,7 @@ from nld_train.checkpoint.headers import (
     read_json,
     text_config,
 )
+from nld_train.checkpoint.streaming import StreamedFile, tensor_bytes
 from nld_train.checkpoint.weight_map import (
     MINISTRAL3_FORM,
     MISTRAL3_FORM,
@@ -375,7 +375,7 @@ def write_safetensors_stream(
             offset += num_bytes
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # tensor data starts 8-byte aligned
-        with (folder / file_name).open("wb") as file:
+        with StreamedFile(folder / file_name) as file:
             file.write(len(encoded).to_bytes(8, "little"))
             file.write(encoded)
             for name, shape in shard.items():
@@ -386,12 +386,9 @@ def write_safetensors_stream(
                         f"expected {name} {shape} {dtype}, got {found_name} {tuple(tensor.shape)} {tensor.dtype}",
                         "this is a defect of the conversion; please report it",
                     )
-                raw = tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
-                file.write(raw)
-                total += raw.nbytes
-                yield raw.nbytes
-            file.flush()
-            os.fsync(file.fileno())
+                num_bytes = file.write(tensor_bytes(tensor))
+                total += num_bytes
+                yield num_bytes
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},

@@ -8,38 +8,23 @@ No random-number state is kept: noise and sample order are pure functions of (se
 has no dropout, so step and seed say it all.
 """
 
-import io
 import json
 import os
-import pickle
 import queue
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import megatron.core
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError
@@ -92,9 +77,10 @@ class CheckpointInfo:
     megatron_version: str = megatron.core.__version__
 
 
-def _write_json_synced(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
+def write_info(folder: Path, info: CheckpointInfo) -> None:
+    """Write ``checkpoint.json``, and wait until it is on disk."""
+    with (folder / INFO_FILE).open("w") as file:
+        json.dump(info_to_dict(info), file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
@@ -176,7 +162,7 @@ def save_sharded(folder: Path, state: dict[str, Any], info: CheckpointInfo) -> N
     dist_checkpointing.save(state, str(temporary), strategy, validate_access_integrity=True)
     dist.barrier()
     if is_main:
-        _write_json_synced(temporary / INFO_FILE, info_to_dict(info))
+        write_info(temporary, info)
         sync_path(temporary)
         if folder.exists():  # the same step again, from a run that was started over
             _remove(folder)
@@ -197,81 +183,6 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}"
-
-
-# Megatron's linear layers keep an (empty) object beside their weight and want it back when they load.
-_EXTRA_STATE_OF = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-
-
-class _Stream:
-    """A file for ``torch.save``, which hides a failed write behind an error of its own: this keeps the cause."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file = file
-        self.cause: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.cause is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                # Not raised here: torch's writer would end the process when it is torn down half-way.
-                self.cause = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def save(self, value: Any) -> _StorageInfo:
-        """Append one object; where it lies in the file."""
-        start = self.file.tell()
-        torch.save(value, self)  # type: ignore[arg-type]
-        if self.cause is not None:
-            raise self.cause
-        return _StorageInfo(Path(self.file.name).name, start, self.file.tell() - start)
-
-
-def write_streamed(folder: Path, tensors: Iterable[tuple[str, Tensor]], info: CheckpointInfo) -> Iterator[int]:
-    """Write whole parameters as a checkpoint that every layout loads: one process, one tensor in memory at a time.
-
-    torch's own writer keeps all tensors of a file until it is closed, so the file is laid out here: objects of
-    ``torch.save`` one after another, and ``.metadata``, which says where each begins.
-
-    Args:
-        folder: exists already and is empty.
-        tensors: (Megatron's name in the whole model, parameter), each parameter once.
-        info: becomes ``checkpoint.json``, written last.
-
-    Yields:
-        bytes of each tensor, after it was written.
-    """
-    entries: dict[str, Any] = {}
-    storage: dict[MetadataIndex, Any] = {}
-    with (folder / "__0_0.distcp").open("wb") as file:
-        stream = _Stream(file)
-        for layer in range(info.model.num_layers):
-            for module in _EXTRA_STATE_OF:
-                name = f"decoder.layers.{layer}.{module}._extra_state/shard_0_1"
-                entries[name] = BytesStorageMetadata()
-                storage[MetadataIndex(name)] = stream.save([None])
-        for name, tensor in tensors:
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save would write all of the mapped file
-                tensor = tensor.clone()
-            offsets = torch.Size([0] * tensor.dim())
-            chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())
-            entries[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), [chunk])
-            storage[MetadataIndex(name, offsets)] = stream.save(tensor)
-            yield tensor.nbytes
-            del tensor
-        file.flush()
-        os.fsync(file.fileno())
-    metadata = Metadata(state_dict_metadata=entries, planner_data=None, storage_data=storage)
-    with (folder / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
-    with (folder / "common.pt").open("wb") as file:
-        _Stream(file).save({})
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    _write_json_synced(folder / INFO_FILE, info_to_dict(info))
 
 
 class CheckpointManager:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoTokenizer, Ministral3Config, Ministral3ForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
-from nld_train.checkpoint.convert import Notify, Progress, hf_parts, stored_tensor, warn
+from nld_train.checkpoint.convert import Notify, Progress, hf_parts, warn
 from nld_train.checkpoint.headers import text_config
 from nld_train.checkpoint.hf_folder import HFFolder
 from nld_train.checkpoint.manager import read_info
+from nld_train.checkpoint.streaming import StoredParameters
 from nld_train.checkpoint.weight_map import MINISTRAL3_FORM, WeightRule, weight_rules
 from nld_train.config.schema import Device, ModelConfig, ParallelConfig
 from nld_train.errors import CheckpointError
@@ -66,8 +66,7 @@ def verify_checkpoint(
         CheckpointError: one of the two cannot be read, or they describe models of different shapes.
     """
     info = read_info(checkpoint)
-    reader = FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
+    stored = StoredParameters(checkpoint)
     rows: dict[str, Row] = {}
     with HFFolder(folder) as source:
         _check_same_shape(info.model, source.model, checkpoint, folder)
@@ -78,7 +77,7 @@ def verify_checkpoint(
         total = sum(torch.Size(shape).numel() for rule in rules for shape in rule.shapes)
         done = 0
         for rule in rules:
-            ours = rule.split(stored_tensor(reader, checkpoint, rule, entries))
+            ours = rule.split(stored.tensor(rule.megatron))
             for name, left, right in zip(rule.hf_names(source.form), ours, hf_parts(source, rule), strict=True):
                 _add(rows, name, _compare(name, left, right))
                 done += left.numel()
@@ -223,13 +222,11 @@ def _transformers_logits(source: HFFolder, rules: list[WeightRule], sequences: d
 def _megatron_logits(checkpoint: Path, config: ModelConfig, sequences: dict[str, Tensor]) -> list[Tensor]:
     """Logits [1, L, V] in float32 of the training model with the checkpoint's weights."""
     platform = initialize_device(Device.cpu)
-    reader = FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
-    rules = {rule.megatron: rule for rule in weight_rules(config)}
+    stored = StoredParameters(checkpoint)
     with topology_of(ParallelConfig(), platform, seed=0):
         model = build_model(config, ParallelConfig(), dtype=torch.float32, device=platform.device, seed=0)
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored_tensor(reader, checkpoint, rules[name], entries))
+            parameter.copy_(stored.tensor(name))
         return [
             model(tokens, SequenceLayout(tokens.shape[1], 1, has_noisy_half=False)).contiguous()
             for tokens in sequences.values()

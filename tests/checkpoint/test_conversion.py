@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
-from nld_train.checkpoint.convert import export_checkpoint, hf_config, import_checkpoint, stored_tensor
+from nld_train.checkpoint.convert import export_checkpoint, hf_config, import_checkpoint
 from nld_train.checkpoint.inspection import inspect_folder
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
+from nld_train.checkpoint.streaming import StoredParameters
 from nld_train.checkpoint.verification import verify_checkpoint
 from nld_train.checkpoint.weight_map import (
     MINISTRAL3_FORM,
@@ -131,10 +131,8 @@ class Folder:
 
 def stored(checkpoint: Path) -> dict[str, Tensor]:
     """Every parameter of a Megatron checkpoint."""
-    reader = FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata
-    rules = weight_rules(read_info(checkpoint).model)
-    return {rule.megatron: stored_tensor(reader, checkpoint, rule, entries) for rule in rules}
+    parameters = StoredParameters(checkpoint)
+    return {rule.megatron: parameters.tensor(rule.megatron) for rule in weight_rules(read_info(checkpoint).model)}
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
