@@ -1,7 +1,9 @@
 """Conversion between Megatron checkpoints and Hugging Face folders, both through :mod:`.weight_map`."""
 
+import glob
 import json
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,7 +49,10 @@ _SHAPE_KEYS = (
     "rms_norm_eps",
 )
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
 _STEP_METADATA = "nld_train_step"
+_INCOMPLETE = ".incomplete_"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -156,7 +161,13 @@ def export_checkpoint(
         )
     elif not info.step:
         notify(f"{checkpoint} has no run's history (imported weights): the model card says what is unknown")
-    dtype = dtype or getattr(torch, info.dtype)
+    if info.dtype not in _DTYPES:
+        raise CheckpointError(
+            str(checkpoint / INFO_FILE),
+            f"dtype is {info.dtype!r}, expected one of {sorted(_DTYPES)}",
+            "train in one of them",
+        )
+    dtype = dtype or _DTYPES[info.dtype]
     rules = list(weight_rules(info.model))
     shapes = {name: shape for rule in rules for name, shape in zip(rule.hf_names(NLD_FORM), rule.shapes, strict=True)}
     stored = StoredParameters(checkpoint)
@@ -164,7 +175,7 @@ def export_checkpoint(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for rule in rules:
-            parts = rule.split(stored.tensor(rule.megatron))
+            parts = rule.split(stored.tensor(rule.megatron, rule.shape))
             for name, part in zip(rule.hf_names(NLD_FORM), parts, strict=True):
                 yield name, part.to(dtype)
 
@@ -290,9 +301,12 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: in place of an OSError.
     """
-    temporary = out.parent / f".incomplete_{out.name}"
+    out = out.resolve()  # of a link, the folder it names is replaced
+    # A name of its own each time: two conversions to one folder must not write into the same files.
+    temporary = out.parent / f"{_INCOMPLETE}{out.name}_{secrets.token_hex(4)}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        for leftover in out.parent.glob(f"{_INCOMPLETE}{glob.escape(out.name)}_{'?' * 8}"):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a conversion that was killed
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:

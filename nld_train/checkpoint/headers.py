@@ -3,8 +3,8 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,28 @@ def need(config: Mapping[str, Any], key: str, path: Path) -> Any:
     if key not in config:
         raise CheckpointError(str(path), f"lacks {key!r}", "the folder is not of a supported form; see docs")
     return config[key]
+
+
+def check_numbers(section: Any, path: Path) -> None:
+    """Whole numbers of a section (a dataclass) that was read from ``path`` are above 0, its others at least 0.
+
+    Raises:
+        CheckpointError: names the first that is not.
+    """
+    for field in fields(section):
+        if field.type not in (int, float):
+            continue
+        value = getattr(section, field.name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if field.type is int and not (is_whole and value > 0):
+            expected = "a whole number above 0"
+        elif field.type is float and not ((is_whole or isinstance(value, float)) and 0 <= value < inf):
+            expected = "a number of at least 0"
+        else:
+            continue
+        raise CheckpointError(
+            str(path), f"{field.name} of the model is {value!r}, expected {expected}", "use an undamaged folder"
+        )
 
 
 def text_config(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from nld_train.checkpoint.headers import (
     MISTRAL3,
     SINGLE_FILE,
     StoredTensor,
+    check_numbers,
     locate_tensors,
     need,
     read_json,
@@ -59,6 +60,10 @@ def model_config_from_hf(config: Mapping[str, Any], path: Path) -> ModelConfig:
         path: of the file, for errors.
     """
     rope = need(config, "rope_parameters", path)
+    if not isinstance(rope, dict):
+        raise CheckpointError(
+            str(path), f"rope_parameters is {rope!r}, expected an object", "download the folder again"
+        )
     kind = rope.get("rope_type", rope.get("type"))
     if kind != "yarn":
         raise CheckpointError(
@@ -68,7 +73,7 @@ def model_config_from_hf(config: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(
             str(path), f"sliding_window is {config['sliding_window']}, expected null", "use a Ministral3 checkpoint"
         )
-    return ModelConfig(
+    model = ModelConfig(
         num_layers=need(config, "num_hidden_layers", path),
         hidden_size=need(config, "hidden_size", path),
         ffn_hidden_size=need(config, "intermediate_size", path),
@@ -81,6 +86,9 @@ def model_config_from_hf(config: Mapping[str, Any], path: Path) -> ModelConfig:
         initializer_range=config.get("initializer_range", 0.02),
         rope=RopeConfig(**{field.name: need(rope, field.name, path) for field in fields(RopeConfig)}),
     )
+    check_numbers(model, path)
+    check_numbers(model.rope, path)
+    return model
 
 
 class HFFolder:

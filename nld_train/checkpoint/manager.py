@@ -15,7 +15,7 @@ import secrets
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import megatron.core
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from nld_train.checkpoint.headers import check_numbers
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError
 
@@ -105,8 +106,10 @@ def read_info(folder: Path) -> CheckpointInfo:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(str(path), "not found", "name a folder checkpoints/step_* of a run") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # neither text nor JSON, too
         raise CheckpointError(str(path), f"cannot be read: {error}", "use an older checkpoint of the run") from error
+    if not isinstance(raw, dict):
+        raise _damaged(path, f"holds a {type(raw).__name__}, not an object")
     if raw.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             str(path),
@@ -115,14 +118,22 @@ def read_info(folder: Path) -> CheckpointInfo:
         )
     expected = {field.name for field in fields(CheckpointInfo)}
     if set(raw) != expected:
-        raise CheckpointError(
-            str(path),
-            f"keys differ from the format: {sorted(set(raw) ^ expected)}",
-            "use an older checkpoint of the run",
-        )
-    model = raw.pop("model")
-    rope = RopeConfig(**model.pop("rope"))
-    return CheckpointInfo(model=ModelConfig(**model, rope=rope), **raw)
+        raise _damaged(path, f"keys differ from the format: {sorted(set(raw) ^ expected)}")
+    for field in fields(CheckpointInfo):
+        kind: Any = dict if field.type is ModelConfig else get_origin(field.type) or field.type
+        if not isinstance(raw[field.name], kind) or isinstance(raw[field.name], bool):
+            raise _damaged(path, f"{field.name} is {raw[field.name]!r}, expected {kind.__name__}")
+    try:
+        model = ModelConfig(**(raw["model"] | {"rope": RopeConfig(**raw["model"]["rope"])}))
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"model is not understood: {error}") from error
+    check_numbers(model, path)
+    check_numbers(model.rope, path)
+    return CheckpointInfo(**(raw | {"model": model}))
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(str(path), reason, "use an older checkpoint of the run")
 
 
 def info_to_dict(info: CheckpointInfo) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
@@ -158,6 +159,24 @@ def _read_ahead(mapped: mmap.mmap, start: int, length: int) -> None:
         mapped.madvise(mmap.MADV_WILLNEED, page, min(start + length, len(mapped)) - page)
 
 
+def _is_tiling(entry: TensorStorageMetadata) -> bool:
+    """The shards lie inside of the tensor, side by side, and leave nothing out."""
+    boxes = [
+        [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for chunk in entry.chunks
+    ]
+    are_inside = all(
+        0 <= start <= end <= size for box in boxes for (start, end), size in zip(box, entry.size, strict=True)
+    )
+    overlap = any(
+        all(
+            start < other_end and other_start < end for (start, end), (other_start, other_end) in zip(a, b, strict=True)
+        )
+        for a, b in combinations(boxes, 2)
+    )
+    return are_inside and not overlap and sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
+
+
 class StoredParameters:
     """The tensors of a distributed checkpoint, whatever parallel layout wrote them.
 
@@ -172,27 +191,44 @@ class StoredParameters:
         self._folder = checkpoint
         try:
             metadata = FileSystemReader(checkpoint).read_metadata()
-        except Exception as error:  # unpickling damaged bytes may raise anything
+            self._entries = dict(metadata.state_dict_metadata)
+            self._places: dict[MetadataIndex, Any] = dict(metadata.storage_data)
+        except Exception as error:  # unpickling damaged bytes may raise anything, or give anything
             raise self._refuse(".metadata", f"is not readable: {type(error).__name__}: {error}") from error
-        self._entries = metadata.state_dict_metadata
-        self._places = metadata.storage_data
         self._maps: dict[str, mmap.mmap] = {}
 
     def _refuse(self, name: str, reason: str) -> CheckpointError:
         return CheckpointError(str(self._folder / name), reason, "use a complete checkpoint of this model")
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One whole parameter, to be read and not written to.
 
         Raises:
-            CheckpointError: it is missing, or its file is missing or damaged.
+            CheckpointError: it is missing or of another shape, or its file is missing or damaged.
         """
+        try:
+            whole = self._whole(name)
+        except CheckpointError:
+            raise
+        except Exception as error:  # damaged metadata lead anywhere
+            raise self._refuse(
+                ".metadata", f"the entry of tensor {name} is damaged: {type(error).__name__}: {error}"
+            ) from error
+        if whole.shape != shape:
+            raise CheckpointError(
+                str(self._folder),
+                f"tensor {name} has shape {tuple(whole.shape)}, expected {shape}",
+                "checkpoint.json and weights do not belong together; use a complete checkpoint of this model",
+            )
+        return whole
+
+    def _whole(self, name: str) -> Tensor:
         entry = self._entries.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 str(self._folder), f"tensor {name} is missing", "use a complete checkpoint of this model"
             )
-        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        if not _is_tiling(entry):
             raise self._refuse(".metadata", f"the shards of tensor {name} do not make up its shape {tuple(entry.size)}")
         if len(entry.chunks) == 1:
             return self._shard(name, entry.chunks[0], entry.properties.dtype)

@@ -77,7 +77,7 @@ def verify_checkpoint(
         total = sum(torch.Size(shape).numel() for rule in rules for shape in rule.shapes)
         done = 0
         for rule in rules:
-            ours = rule.split(stored.tensor(rule.megatron))
+            ours = rule.split(stored.tensor(rule.megatron, rule.shape))
             for name, left, right in zip(rule.hf_names(source.form), ours, hf_parts(source, rule), strict=True):
                 _add(rows, name, _compare(name, left, right))
                 done += left.numel()
@@ -226,7 +226,7 @@ def _megatron_logits(checkpoint: Path, config: ModelConfig, sequences: dict[str,
     with topology_of(ParallelConfig(), platform, seed=0):
         model = build_model(config, ParallelConfig(), dtype=torch.float32, device=platform.device, seed=0)
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored.tensor(name))
+            parameter.copy_(stored.tensor(name, tuple(parameter.shape)))
         return [
             model(tokens, SequenceLayout(tokens.shape[1], 1, has_noisy_half=False)).contiguous()
             for tokens in sequences.values()

@@ -40,6 +40,11 @@ class WeightRule:
     join: Callable[[tuple[Tensor, ...]], Tensor]
     split: Callable[[Tensor], tuple[Tensor, ...]]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Megatron parameter: the parts' rows together."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
     def hf_names(self, form: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(form["head"] if name == "head" else form["decoder"] + name for name in self.hf)
 

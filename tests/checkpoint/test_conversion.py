@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from nld_train.checkpoint.convert import export_checkpoint, hf_config, import_checkpoint
+from nld_train.checkpoint.convert import check_same_model, export_checkpoint, hf_config, import_checkpoint
+from nld_train.checkpoint.headers import text_config
+from nld_train.checkpoint.hf_folder import HFFolder
 from nld_train.checkpoint.inspection import inspect_folder
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
 from nld_train.checkpoint.streaming import StoredParameters
@@ -30,17 +35,28 @@ from nld_train.checkpoint.weight_map import (
     NLD_FORM,
     weight_rules,
 )
-from nld_train.config.schema import CheckpointConfig, ModelConfig, ParallelConfig
-from nld_train.errors import CheckpointError
+from nld_train.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RopeConfig
+from nld_train.errors import CheckpointError, ConfigError
 from nld_train.model.build import build_model
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing.ranks import RankPool
-from nld_train.testing.steps import tiny_model, whole_tensors
-from nld_train.training.run import wrap_data_parallel
+from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
+from nld_train.training.run import connect, wrap_data_parallel
+from nld_train.training.step import StepShape, run_microbatches
 
 ROOT = Path(__file__).parents[2]
-MODEL = tiny_model(num_attention_heads=6, num_key_value_heads=2, hidden_size=50, ffn_hidden_size=70, vocab_size=107)
+MODEL = tiny_model(
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    hidden_size=50,
+    ffn_hidden_size=70,
+    vocab_size=107,
+    rope=RopeConfig(  # no number is the default of anything
+        rope_theta=3e5, factor=5.0, original_max_position_embeddings=8, beta_fast=7.0, beta_slow=2.0, mscale=0.75,
+        mscale_all_dim=0.5, llama_4_scaling_beta=0.2,
+    ),
+)  # fmt: skip
 OBJECTIVE = {"mask_token_id": 5, "block_size": 16, "diffusion_loss_weight": 0.7}
 ARCHITECTURES = {
     "ministral3": ("Ministral3ForCausalLM", MINISTRAL3_FORM),
@@ -132,7 +148,8 @@ class Folder:
 def stored(checkpoint: Path) -> dict[str, Tensor]:
     """Every parameter of a Megatron checkpoint."""
     parameters = StoredParameters(checkpoint)
-    return {rule.megatron: parameters.tensor(rule.megatron) for rule in weight_rules(read_info(checkpoint).model)}
+    rules = weight_rules(read_info(checkpoint).model)
+    return {rule.megatron: parameters.tensor(rule.megatron, rule.shape) for rule in rules}
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -184,6 +201,7 @@ def test_import_export_import_is_bit_exact(source: Folder, tmp_path: Path) -> No
     assert "losses: unknown" in card
     assert ("objective: unknown" in card) == (source.kind != "nld")
     config = json.loads((exported / "config.json").read_text())
+    assert config["rope_parameters"] == text_config(source.config, tmp_path)["rope_parameters"]
     assert config["block_size"] == (OBJECTIVE["block_size"] if source.kind == "nld" else 32)
     same(stored(import_checkpoint(exported, tmp_path / "c", notify=silent)), found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "in"]
@@ -225,36 +243,77 @@ def test_fp8_is_dequantised(kind: str, block: list[int] | None, tmp_path: Path) 
     assert "14 tensors hold FP8 activation scales" in notes[-1]
 
 
-def load_whole(topology: Topology, platform: Platform, parallel: ParallelConfig, checkpoint: str) -> dict[str, Tensor]:
+def load_whole(
+    topology: Topology, platform: Platform, parallel: ParallelConfig, checkpoint: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The whole parameters after loading, and the first step's loss terms as a vector, over the global batch."""
+    samples = torch.randint(4, 96, (4, 33), generator=torch.Generator().manual_seed(11))
+    case = StepCase(samples=samples, model=MODEL_TP, dtype=torch.float32)
     model = build_model(MODEL_TP, parallel, dtype=torch.float32, device=platform.device, seed=99)
     wrapped = wrap_data_parallel(model, overlap=False)
+    connect(model, wrapped, None)
     CheckpointManager(Path(checkpoint).parent, CheckpointConfig()).load(Path(checkpoint), wrapped, None)
-    return whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+    terms = run_microbatches(
+        iter(loader_batches(case, topology)),
+        wrapped,
+        StepShape(num_microbatches=4 // topology.data_parallel_size, micro_batch_size=1, num_rows=64),
+        objective=case.objective,
+        diffusion_loss_weight=case.diffusion_loss_weight,
+        device=platform.device,
+    )
+    parameters = whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+    return parameters, terms.to_vector()
 
 
 MODEL_TP = tiny_model(hidden_size=50, ffn_hidden_size=70)
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(),
-        ParallelConfig(tensor_model_parallel_size=2),
-        ParallelConfig(pipeline_model_parallel_size=2),
-    ],
-    ids=["single", "tp2", "pp2"],
+    ("tensor", "pipeline"),
+    [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.long)],
+    ids=["tp2", "pp2", "tp2 x pp2"],
 )
-def test_an_import_loads_at_every_layout(
-    one_rank: RankPool, two_ranks: RankPool, tmp_path: Path, parallel: ParallelConfig
+def test_an_import_loads_and_starts_from_the_same_loss_at_every_layout(
+    one_rank: RankPool, two_ranks: RankPool, tmp_path: Path, tensor: int, pipeline: int
 ) -> None:
     source = Folder(model=MODEL_TP, dtype=torch.float32)
     checkpoint = import_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
-    pool = one_rank if parallel == ParallelConfig() else two_ranks
-    same(pool.run(load_whole, parallel, str(checkpoint), parallel=parallel), stored(checkpoint))
+    parameters, expected = one_rank.run(load_whole, ParallelConfig(), str(checkpoint))
+    same(parameters, stored(checkpoint))
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    with RankPool(4) if tensor * pipeline == 4 else nullcontext(two_ranks) as pool:
+        parameters, terms = pool.run(load_whole, parallel, str(checkpoint), parallel=parallel)
+    same(parameters, stored(checkpoint))
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
 
 
 def truncate(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+
+
+def misplace_in_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][NORM] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def promise_in_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["odd"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def halve_a_shape(folder: Path) -> None:
+    """In the header, whose length stays."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"shape":[50]', b'"shape":[49]', 1))
+
+
+def eighth(scale: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    return lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale})
 
 
 def rename_in_index(folder: Path) -> None:
@@ -280,7 +339,7 @@ def reconfig(**changes: object) -> Callable[[Path], None]:
 
 
 NORM = "model.norm.weight"
-BAD = {
+BAD: dict[str, tuple[int, Callable[[Path], object], str]] = {
     "truncated": (1, truncate, r"model\.safetensors: is not a readable safetensors.*has \d+ bytes, expected \d+"),
     "missing shard": (
         2,
@@ -298,6 +357,33 @@ BAD = {
         1,
         retensor(lambda tensors: tensors.update({"vision_tower.x": torch.ones(1)})),
         r"1 tensors are not part of the model.*: vision_tower\.x",
+    ),
+    "number of another type": (
+        1,
+        reconfig(hidden_size="50"),
+        r"config\.json: hidden_size of the model is '50', expected a",
+    ),
+    "not a number": (1, reconfig(rms_norm_eps=float("nan")), "rms_norm_eps of the model is nan, expected a number"),
+    "no layers": (1, reconfig(num_hidden_layers=0), "num_layers of the model is 0, expected a whole number above 0"),
+    "rope is no object": (
+        1,
+        reconfig(rope_parameters=None),
+        r"config\.json: rope_parameters is None, expected an object",
+    ),
+    "another rope": (1, reconfig(rope_parameters={"rope_type": "llama3"}), "rope_type is 'llama3', expected 'yarn'"),
+    "sliding window": (1, reconfig(sliding_window=4096), "sliding_window is 4096, expected null"),
+    "index names another file": (2, misplace_in_index, r"model-0000\d-of-00002\.safetensors: .*model\.norm\.weight"),
+    "index names an unknown tensor": (2, promise_in_index, r"00001-of-00002\.safetensors: tensor odd is missing, but"),
+    "header with a wrong shape": (1, halve_a_shape, r"model\.safetensors: .*has 100 bytes, expected 98"),
+    "fp8 scales of another shape": (
+        1,
+        retensor(eighth(torch.ones(3, 1))),
+        r"o_proj\.weight_scale_inv has shape \(3, 1\), expected one scale or \(1, 1\) for blocks of \[128, 128\]",
+    ),
+    "fp8 scales of another dtype": (
+        1,
+        retensor(eighth(torch.ones(1, dtype=torch.int32))),
+        r"o_proj\.weight_scale_inv is stored as I32, expected F32 or BF16",
     ),
     "wrong shape": (
         1,
@@ -327,6 +413,113 @@ def test_a_bad_folder_is_refused_and_leaves_nothing(name: str, tmp_path: Path) -
         import_checkpoint(folder, tmp_path / "out")
     assert "remedy" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["model"].update(num_layers="2"), "num_layers of the model is '2'"),
+        (lambda raw: raw["model"].update(odd=1), "model is not understood.*odd"),
+        (lambda raw: raw["model"].pop("rope"), "model is not understood.*rope"),
+        (lambda raw: raw["model"].update(num_key_value_heads=3), r"linear_qkv.weight has shape .*expected"),
+        (lambda raw: raw.update(model=[]), "model is .*expected dict"),
+        (lambda raw: raw.update(step="3"), "step is '3', expected int"),
+        (lambda raw: raw.update(dtype="int8"), "dtype is 'int8', expected one of"),
+        (lambda raw: raw.clear(), "format_version is None"),
+        (lambda raw: b"\xff\xfe", "cannot be read: 'utf-8'"),
+        (lambda raw: b"[1]", "holds a list"),
+    ],
+    ids=["type", "extra", "no rope", "other heads", "model", "step", "dtype", "empty", "not text", "list"],
+)
+def test_a_damaged_checkpoint_json_is_refused(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    checkpoint = import_checkpoint(Folder().write(tmp_path / "in"), tmp_path / "a")
+    path = checkpoint / "checkpoint.json"
+    raw = json.loads(path.read_text())
+    content = change(raw)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(raw).encode())
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(checkpoint, tmp_path / "out", notify=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in"]
+
+
+HEAD = "output_layer.weight"
+
+
+def shards(*places: tuple[int, int]) -> Callable[[Any], None]:
+    """The head's entry, as if stored in rows [start, end)."""
+
+    def edit(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata[HEAD]
+        width = entry.size[1]
+        entry.chunks = [
+            ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([end - start, width])) for start, end in places
+        ]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shards((0, 54), (0, 53)), f"shards of tensor {HEAD} do not make up its shape"),
+        (shards((0, 54), (55, 108)), f"shards of tensor {HEAD} do not make up its shape"),
+        (shards((0, 54)), f"shards of tensor {HEAD} do not make up its shape"),
+        (shards((0, 54), (54, 107)), r"tensor output_layer.weight is \(107, 50\) .*, expected \(54, 50\)"),
+        (lambda metadata: setattr(metadata, "storage_data", None), r"\.metadata: is not readable"),
+        (lambda metadata: metadata.state_dict_metadata.pop(HEAD), f"tensor {HEAD} is missing"),
+        (
+            lambda metadata: delattr(metadata.state_dict_metadata[HEAD], "properties"),
+            f"entry of tensor {HEAD} is damaged",
+        ),
+    ],
+    ids=["overlap", "outside", "too few", "stored whole", "no places", "missing", "no properties"],
+)
+def test_a_damaged_metadata_file_is_refused(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    checkpoint = import_checkpoint(Folder().write(tmp_path / "in"), tmp_path / "a")
+    path = checkpoint / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(checkpoint, tmp_path / "out", notify=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in"]
+
+
+def test_the_folder_that_a_link_names_is_replaced(tmp_path: Path) -> None:
+    folder = Folder().write(tmp_path / "in")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        import_checkpoint(folder, tmp_path / "out", overwrite=True)
+        assert read_info(tmp_path / "real").step == 0
+        assert (tmp_path / "out").is_symlink()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "real"]
+
+
+def test_two_conversions_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    """The second starts in the middle of the first, which then fails; only the second's folder appears."""
+    wide, narrow = Folder(dtype=torch.float32).write(tmp_path / "wide"), Folder().write(tmp_path / "narrow")
+    out, calls = tmp_path / "out", 0
+
+    def second_in_between(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            import_checkpoint(narrow, out)
+
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        import_checkpoint(wide, out, progress=second_in_between)
+    same(stored(out), stored(import_checkpoint(narrow, tmp_path / "expected")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "narrow", "out", "wide"]
+
+
+def test_a_run_with_another_rope_is_refused(tmp_path: Path) -> None:
+    with HFFolder(Folder().write(tmp_path / "in")) as source:
+        check_same_model(source, MODEL)
+        for field_ in fields(RopeConfig):
+            rope = replace(MODEL.rope, **{field_.name: getattr(MODEL.rope, field_.name) + 1})
+            with pytest.raises(ConfigError, match=rf"model\.rope\.{field_.name}"):
+                check_same_model(source, replace(MODEL, rope=rope))
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -392,7 +585,7 @@ def kill_one_conversion(folder: Path, out: Path, delay: float) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
     names = {path.name for path in out.parent.iterdir()} - {folder.name}
-    assert names <= {out.name, f".incomplete_{out.name}"}, names
+    assert all(name == out.name or name.startswith(f".incomplete_{out.name}_") for name in names), names
     if out.exists():
         same(stored(out), stored(import_checkpoint(folder, out.parent / "whole")))
         shutil.rmtree(out.parent / "whole")
