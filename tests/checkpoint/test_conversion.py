@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -497,18 +499,27 @@ def test_the_folder_that_a_link_names_is_replaced(tmp_path: Path) -> None:
 
 
 def test_two_conversions_to_one_folder_do_not_mix(tmp_path: Path) -> None:
-    """The second starts in the middle of the first, which then fails; only the second's folder appears."""
+    """The second starts in the middle of the first, which ends in the middle of the second: the first fails."""
     wide, narrow = Folder(dtype=torch.float32).write(tmp_path / "wide"), Folder().write(tmp_path / "narrow")
-    out, calls = tmp_path / "out", 0
+    out = tmp_path / "out"
+    first_is_half, second_is_half = threading.Event(), threading.Event()
 
-    def second_in_between(done: int, total: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            import_checkpoint(narrow, out)
+    def in_the_middle(reached: threading.Event, wait: Callable[[], object]) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if done > total / 2 and not reached.is_set():
+                reached.set()
+                wait()
 
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        import_checkpoint(wide, out, progress=second_in_between)
+        return progress
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(
+            import_checkpoint, wide, out, progress=in_the_middle(first_is_half, lambda: second_is_half.wait(60))
+        )
+        assert first_is_half.wait(60)
+        import_checkpoint(narrow, out, progress=in_the_middle(second_is_half, lambda: first.exception(60)))
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            first.result()
     same(stored(out), stored(import_checkpoint(narrow, tmp_path / "expected")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "narrow", "out", "wide"]
 
