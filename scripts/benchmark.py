@@ -23,10 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP
 
@@ -35,9 +36,25 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from nld_train.config.schema import AttentionBackend, ModelConfig
+from nld_train.config.schema import (
+    AttentionBackend,
+    Device,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RopeConfig,
+    Sampler,
+    Stratify,
+)
+from nld_train.data.loader import LoaderBatch
 from nld_train.model.attention import joint_attention, resolve_backend
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.model.build import build_model
+from nld_train.objective.noise import Corruption, corrupt
+from nld_train.objective.sequence import SequenceLayout, build_joint_batch
+from nld_train.platform.device import initialize_device
+from nld_train.platform.topology import topology_of
+from nld_train.training.run import connect, wrap_data_parallel
+from nld_train.training.step import LossWeights, StepShape, noise_spec, run_microbatches
 
 Work = Callable[[], Sequence[Tensor]]
 """Does the computation once and returns its results (values and gradients)."""
@@ -214,6 +231,20 @@ def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], 
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
+def attention_inputs(
+    layout: SequenceLayout, batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """query, key, value (leaves) and the output's gradient, in Megatron's order."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(layout.num_rows, batch, count, dim, generator=generator)
+        .to(device=device, dtype=dtype)
+        .permute(1, 2, 0, 3)
+        .requires_grad_(index < 3)
+        for index, count in enumerate((heads, kv_heads, kv_heads, heads))
+    ]
+
+
 def attention_suite(device: torch.device) -> Iterator[Comparison]:
     """Forward and backward of the attention alone, joint (doubled sequence) and AR (causal), in Megatron's order."""
     fast = resolve_backend(AttentionBackend.auto, device)
@@ -227,15 +258,7 @@ def attention_suite(device: torch.device) -> Iterator[Comparison]:
             tolerance = 1e-5 if dtype is torch.float32 else 2e-2
             for has_noisy_half in (True, False):
                 layout = SequenceLayout(length, 32, has_noisy_half)
-                generator = torch.Generator().manual_seed(0)
-                query, key, value, grad = (
-                    torch.randn(layout.num_rows, batch, count, dim, generator=generator)
-                    .to(device=device, dtype=dtype)
-                    .permute(1, 2, 0, 3)
-                    .requires_grad_(index < 3)
-                    for index, count in enumerate((heads, kv_heads, kv_heads, heads))
-                )
-                inputs = (query, key, value)
+                *inputs, grad = attention_inputs(layout, batch, heads, kv_heads, dim, dtype, device)
 
                 def ours(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, backend: AttentionBackend) -> Tensor:
                     return joint_attention(q, k, v, layout, backend)
@@ -265,6 +288,94 @@ def attention_suite(device: torch.device) -> Iterator[Comparison]:
                     tolerance=tolerance,
                     required=required,
                 )
+
+
+def table_layout(
+    batch: int,
+    length: int,
+    block_size: int,
+    *,
+    noisy_fraction: float = 1.0,
+    prompt: float = 0.0,
+    num_documents: int = 1,
+) -> SequenceLayout:
+    """A layout with a table: of the blocks after the prompt, the same number in each sequence, chosen at random.
+
+    Args:
+        noisy_fraction: share of those blocks.
+        prompt: share of the sequence that is never noisy.
+        num_documents: equal parts of the sequence, whole blocks each; the prompt is the beginning of the first.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = length // block_size
+    first = round(prompt * num_blocks)
+    chosen = round(noisy_fraction * (num_blocks - first))
+    blocks = torch.stack(
+        [first + torch.randperm(num_blocks - first, generator=generator)[:chosen].sort().values for _ in range(batch)]
+    )
+    places = (blocks[:, :, None] * block_size + torch.arange(block_size)).flatten(1)
+    tokens = torch.zeros(batch, length, dtype=torch.int64)
+    corruption = Corruption(
+        noisy_tokens=torch.zeros_like(places),
+        places=places,
+        blocks=blocks.repeat_interleave(block_size, dim=1),
+        weights=torch.zeros(places.shape, dtype=torch.float64),
+        mask_ratios=torch.zeros(places.shape),
+        sequence_ratios=torch.zeros(batch, dtype=torch.float64),
+    )
+    document = num_blocks // num_documents * block_size
+    starts = (torch.arange(length) // document).clamp_max(num_documents - 1) * document
+    return build_joint_batch(
+        tokens, tokens, tokens.bool(), corruption, block_size, document_starts=starts.repeat(batch, 1)
+    ).layout
+
+
+def layouts_suite(device: torch.device) -> Iterator[Comparison]:
+    """Forward and backward of the attention under layouts with a table, against the plain joint one and the AR one.
+
+    They compute different things, so each is compared with the dense backend first and returns nothing afterwards. At
+    a noisy share rho a step may take 1.10 * (1 + rho) / 2 of the plain one's time.
+    """
+    fast = resolve_backend(AttentionBackend.auto, device)
+    for length, batch, heads, kv_heads, dim in ((512, 4, 4, 1, 64), (1024, 2, 8, 2, 64)):
+        layouts = {
+            "plain joint": SequenceLayout(length, 32, has_noisy_half=True),
+            "rho 0.5": table_layout(batch, length, 32, noisy_fraction=0.5),
+            "rho 0.25": table_layout(batch, length, 32, noisy_fraction=0.25),
+            "4 documents": table_layout(batch, length, 32, num_documents=4),
+            "AR": SequenceLayout(length, 32, has_noisy_half=False),
+            "90% prompt": table_layout(batch, length, 32, prompt=0.9),
+        }
+        for dtype in (torch.float32, torch.bfloat16):
+            shape = f"L {length}, batch {batch}, heads {heads}/{kv_heads}, head dim {dim}, on {device.type}"
+            title = f"layouts, {str(dtype).removeprefix('torch.')}, {shape}"
+            works: dict[str, Work] = {}
+            for name, on_cpu in layouts.items():
+                layout = on_cpu.to(device)
+                *inputs, grad = attention_inputs(layout, batch, heads, kv_heads, dim, dtype, device)
+                backends = {
+                    backend.value: partial(
+                        forward_backward, partial(joint_attention, layout=layout, backend=backend), inputs, grad
+                    )
+                    for backend in (AttentionBackend.dense, fast)
+                }
+                tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+                check_equal(Comparison(title=f"{title}, {name}", variants=dict(backends), tolerance=tolerance))
+                works[name] = partial(_without_results, backends[fast.value])
+            baselines: dict[str, dict[str, float]] = {
+                "plain joint": {"rho 0.5": 1 / (1.1 * 0.75), "rho 0.25": 1 / (1.1 * 0.625), "4 documents": 1.0},
+                "AR": {"90% prompt": 1 / 1.25},
+            }
+            for baseline, required in baselines.items():
+                variants = {name: works[name] for name in (baseline, *required)}
+                yield Comparison(
+                    title=f"{title}, against {baseline}", variants=variants, tolerance=0, required=required
+                )
+
+
+def _without_results(work: Work) -> Sequence[Tensor]:
+    work()
+    return []
 
 
 def copy_files(source: Path, out: Path) -> None:
@@ -341,7 +452,7 @@ class Conversion:
                 self.peak_bytes = max(self.peak_bytes, anonymous_bytes(process.pid or 0))
             self.seconds = ours.recv()
         except EOFError:
-            raise RuntimeError(f"{self.convert.__name__} of {self.source} failed; its error stands above") from None
+            raise RuntimeError(f"{self.convert} of {self.source} failed; its error stands above") from None
         finally:
             process.join()
         if self.original is not None:
@@ -450,13 +561,169 @@ def convert_suite(_device: torch.device, *, num_layers: int = 2, vocab_size: int
         )
 
 
+HEAD_SHAPE = (2048, 131072, 1024)  # rows with weight, vocabulary, hidden size
+
+
+def head_step(_source: Path, out: Path, *, is_fused: bool, dtype: torch.dtype) -> None:
+    """Loss and gradients of the output head with Megatron's fp32 gradient buffer; writes what is compared."""
+    from nld_train.model.head import fused_linear_cross_entropy
+
+    num_rows, vocab_size, hidden_size = HEAD_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
+    weight = torch.nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype).normal_(0, 0.02, generator=generator))
+    targets = torch.randint(vocab_size, (num_rows,), generator=generator)
+    weights = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+    main_grad = torch.zeros(weight.shape)
+    if is_fused:
+        weight.main_grad = main_grad  # type: ignore[attr-defined]
+        loss, _, _ = fused_linear_cross_entropy(hidden, weight, targets, weights)
+        loss.backward()
+    else:
+        log_probabilities = F.log_softmax((hidden @ weight.t()).float(), dim=1)
+        loss = -(log_probabilities.gather(1, targets[:, None]).squeeze(1) * weights.float()).sum()
+        del log_probabilities
+        loss.backward()
+        assert weight.grad is not None
+        main_grad.add_(weight.grad)
+    weight.grad = None
+    out.mkdir()
+    torch.save([loss.detach(), hidden.grad, main_grad[::64].clone()], out / "result.pt")
+
+
+def head_suite(device: torch.device) -> Iterator[Comparison]:
+    """Peak anonymous memory of the head's forward and backward, against full logits and autograd, on the CPU."""
+    if device.type != "cpu":
+        raise SystemExit("the head suite reads the memory of processes: use --device cpu")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            runs = {
+                variant: Conversion(
+                    partial(head_step, is_fused=variant == "fused", dtype=dtype), folder, folder / "out"
+                )
+                for variant in ("full logits", "fused")
+            }
+
+            def work(run: Conversion) -> Sequence[Tensor]:
+                run.peak_bytes = 0
+                run()
+                results: list[Tensor] = torch.load(run.out / "result.pt")
+                return results
+
+            works: dict[str, Work] = {variant: partial(work, run) for variant, run in runs.items()}
+            by_work = {id(works[variant]): run for variant, run in runs.items()}
+
+            def peak(work: Work, by_work: dict[int, Conversion] = by_work) -> float:
+                work()
+                return by_work[id(work)].peak_bytes
+
+            num_rows, vocab_size, hidden_size = HEAD_SHAPE
+            shape = f"{num_rows} rows, V {vocab_size}, H {hidden_size}"
+            yield Comparison(
+                title=f"peak anonymous memory, {str(dtype).removeprefix('torch.')}, {shape}, with weight and main_grad",
+                variants=works,
+                tolerance=tolerance,
+                required={"fused": 1 / 0.35},
+                measure=peak,
+                unit="MB",
+                unit_scale=1e-6,
+            )
+
+
 Suite = Callable[[torch.device], Iterator[Comparison]]
+# (hidden, layers, ffn, heads, key-value heads, vocabulary, L, B) on the CPU and on a GPU
+STEP_SHAPES = {
+    "cpu": [(256, 4, 768, 4, 2, 8192, 512, 2), (384, 6, 1152, 6, 2, 32768, 1024, 1)],
+    "cuda": [(2048, 8, 6144, 16, 4, 131072, 4096, 1)],
+}
+
+
+def loader_batch(text: Tensor, objective: ObjectiveConfig | None, is_supervised: Tensor) -> LoaderBatch:
+    """A micro-batch of tokens int64 [B, L + 1]; ``objective`` None: an AR step."""
+    tokens, positions = text[:, :-1].contiguous(), torch.arange(len(text))
+    corruption = None
+    if objective is not None:
+        spec = noise_spec(objective, seed=1, global_batch_size=len(text))
+        corruption = corrupt(tokens, positions, spec, is_supervised)
+    return LoaderBatch(
+        tokens=tokens,
+        labels=text[:, 1:].contiguous(),
+        loss_mask=is_supervised.float(),
+        is_supervised=is_supervised,
+        document_starts=None,
+        stream_positions=positions,
+        corruption=corruption,
+    )
+
+
+def step_suite(device: torch.device) -> Iterator[Comparison]:
+    """Forward and backward of a whole step: a fraction of the blocks against all of them, and a supervised step whose
+    sequences are 90% prompt against its AR part. The losses differ by construction; tests compare them."""
+    platform_ = initialize_device(Device(device.type))
+    recipe = ObjectiveConfig(sampler=Sampler.bernoulli, stratify=Stratify.none, noisy_fraction=1.0)
+    with topology_of(ParallelConfig(), platform_, seed=0):
+        for hidden, layers, ffn, heads, kv_heads, vocab, length, batch in STEP_SHAPES[device.type]:
+            model_config = ModelConfig(
+                num_layers=layers,
+                hidden_size=hidden,
+                ffn_hidden_size=ffn,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=hidden // heads,
+                vocab_size=vocab,
+                rope=RopeConfig(),
+            )
+            text = torch.randint(1000, vocab, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+            everything = torch.ones(batch, length, dtype=torch.bool)
+            answers = everything.clone()
+            answers[:, : length * 9 // 10] = False
+
+            batches = {
+                "recipe": loader_batch(text, recipe, everything),
+                "fraction 0.5": loader_batch(text, replace(recipe, noisy_fraction=0.5), everything),
+                "fraction 0.25": loader_batch(text, replace(recipe, noisy_fraction=0.25), everything),
+                "power count": loader_batch(text, replace(recipe, sampler=Sampler.power_count), everything),
+                "AR": loader_batch(text, None, everything),
+            }
+            supervised = {"AR": loader_batch(text, None, answers), "joint": loader_batch(text, recipe, answers)}
+            for dtype in (torch.float32, torch.bfloat16):
+                model = build_model(model_config, ParallelConfig(), dtype=dtype, device=device, seed=0)
+                wrapped = wrap_data_parallel(model, overlap=False, use_distributed_optimizer=False)
+                connect(model, wrapped, None)
+                shape = StepShape(num_microbatches=1, micro_batch_size=batch, num_rows=None)
+
+                def step(sample: LoaderBatch, wrapped: Any = wrapped, shape: StepShape = shape) -> Sequence[Tensor]:
+                    wrapped.zero_grad_buffer()
+                    weights = LossWeights(diffusion=0.3)
+                    run_microbatches(iter([sample]), wrapped, shape, objective=recipe, weights=weights, device=device)
+                    return []
+
+                size = f"hidden {hidden}, {layers} layers, V {vocab}, L {length}, batch {batch}, on {device.type}"
+                name = str(dtype).removeprefix("torch.")
+                yield Comparison(
+                    title=f"joint step, {name}, {size}",
+                    variants={key: partial(step, sample) for key, sample in batches.items()},
+                    tolerance=0.0,
+                    required={"fraction 0.5": 2 / (1.1 * 1.5), "fraction 0.25": 2 / (1.1 * 1.25)},
+                )
+                yield Comparison(
+                    title=f"supervised step at 90% prompt, {name}, {size}",
+                    variants={key: partial(step, sample) for key, sample in supervised.items()},
+                    tolerance=0.0,
+                    required={"joint": 1 / 1.25},
+                )
+
+
 SUITES: dict[str, Suite] = {
     "attention": attention_suite,
+    "layouts": layouts_suite,
+    "step": step_suite,
     "convert": convert_suite,
+    "head": head_suite,
     "convert-3b": partial(convert_suite, num_layers=26, vocab_size=131072),
 }
-DEFAULT_SUITES = ["attention", "convert"]  # the other one writes 23 GB
+DEFAULT_SUITES = ["attention", "layouts", "step", "convert"]  # the other one writes 23 GB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -70,6 +70,7 @@ def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json`` of the exported folder, with the rope fields the weights were trained with."""
     model, rope = info.model, info.model.rope
     objective = info.config.get("objective", {})
+    stage = info.config.get("stages", {}).get(info.stage, {})
     return {
         "architectures": ["NemotronLabsDiffusionModel"],
         "model_type": "nemotron_labs_diffusion",
@@ -115,8 +116,8 @@ def hf_config(info: CheckpointInfo, dtype: torch.dtype) -> dict[str, Any]:
         "block_size": objective.get("block_size", 32),
         "dlm_paradigm": "bidirectional",
         "dlm_loss_weight": objective.get("diffusion_loss_weight", 0.3),
-        "ar_loss_weight": 1.0,
-        "dp_varying_mask_ratio": True,
+        "ar_loss_weight": stage.get("ar_loss_weight", 1.0),
+        "dp_varying_mask_ratio": not objective.get("shared_noise_level", False),
     }
 
 

@@ -13,7 +13,7 @@ import os
 import queue
 import secrets
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -30,7 +30,7 @@ from nld_train.checkpoint.headers import check_numbers
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INFO_FILE = "checkpoint.json"
 _PREFIX = "step_"
 _TEMPORARY_PREFIX = ".incomplete_"
@@ -61,6 +61,7 @@ class CheckpointInfo:
         metrics: last step's metrics.
         tokenizer: folder of the tokenizer the run was trained with, relative to the checkpoint; "" if unknown.
         corpus_hash: of the training tokens; "" if unknown.
+        chat_hashes: of the conversations of each stage that has its own, by its name.
     """
 
     step: int
@@ -74,6 +75,7 @@ class CheckpointInfo:
     metrics: dict[str, Any]
     tokenizer: str
     corpus_hash: str
+    chat_hashes: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     megatron_version: str = megatron.core.__version__
 
@@ -116,13 +118,13 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"format_version is {raw.get('format_version')!r}, expected {FORMAT_VERSION}",
             "read it with the version of nld_train that wrote it",
         )
-    expected = {field.name for field in fields(CheckpointInfo)}
+    expected = {item.name for item in fields(CheckpointInfo)}
     if set(raw) != expected:
         raise _damaged(path, f"keys differ from the format: {sorted(set(raw) ^ expected)}")
-    for field in fields(CheckpointInfo):
-        kind: Any = dict if field.type is ModelConfig else get_origin(field.type) or field.type
-        if not isinstance(raw[field.name], kind) or isinstance(raw[field.name], bool):
-            raise _damaged(path, f"{field.name} is {raw[field.name]!r}, expected {kind.__name__}")
+    for item in fields(CheckpointInfo):
+        kind: Any = dict if item.type is ModelConfig else get_origin(item.type) or item.type
+        if not isinstance(raw[item.name], kind) or isinstance(raw[item.name], bool):
+            raise _damaged(path, f"{item.name} is {raw[item.name]!r}, expected {kind.__name__}")
     try:
         model = ModelConfig(**(raw["model"] | {"rope": RopeConfig(**raw["model"]["rope"])}))
     except (KeyError, TypeError) as error:

@@ -4,6 +4,7 @@
 refused configuration costs well under a second.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -259,7 +260,9 @@ def _run_job(composed: DictConfig, source: Source) -> list[str]:
     """One job of a sweep, in a process of its own and a folder of its own. Returns what failed."""
     overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("run.dir=")]
     name = re.sub(r"[^\w.=,+@~-]+", "_", ",".join(overrides))
-    folder = str(Path(composed.run.dir) / name[:200])
+    if len(name) > 200:  # names of files end at 255 bytes
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    folder = str(Path(composed.run.dir) / name)
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
     flags = [f"--config-path={source.config_path}", f"--config-name={source.config_name}"]
     if source.extra_dir is not None:
@@ -296,7 +299,11 @@ def _compose_checked(
         def group_options(group: str) -> list[str]:
             search = [line for line in overrides if line.startswith("hydra.searchpath=")]
             loader = GlobalHydra.instance().config_loader()
-            return loader.get_group_options(group, ObjectType.CONFIG, source.config_name, [*search, *extra])
+            settings = (source.config_name, [*search, *extra])
+            found: list[str] = loader.get_group_options(group, ObjectType.CONFIG, *settings)
+            for inner in loader.get_group_options(group, ObjectType.GROUP, *settings):
+                found += [f"{inner}/{option}" for option in group_options(f"{group}/{inner}")]
+            return found
 
         composed: DictConfig | None
         try:

@@ -41,9 +41,32 @@ class AttentionBackend(Enum):
 
 
 class Sampler(Enum):
-    """How tokens of the noisy copy are chosen. ``bernoulli`` is the published recipe."""
+    """How tokens of the noisy copy are chosen (:mod:`nld_train.objective.noise`).
+
+    ``bernoulli``: a noise level per sequence, the published recipe. ``bernoulli_per_block``: one per block.
+    ``uniform_count``, ``power_count``: a number of masked tokens per block, every subset of that size as likely; these
+    four estimate the same loss. ``position_weighted``: later tokens more often (Efficient-DLM), a loss of its own.
+    """
 
     bernoulli = "bernoulli"
+    bernoulli_per_block = "bernoulli_per_block"
+    uniform_count = "uniform_count"
+    power_count = "power_count"
+    position_weighted = "position_weighted"
+
+
+class Stratify(Enum):
+    """``batch``: noise levels are spread evenly over all blocks of the global batch. ``none``: drawn independently."""
+
+    none = "none"
+    batch = "batch"
+
+
+class DocumentMask(Enum):
+    """``boundary``: attention, positions and blocks begin anew at each document of a sequence. ``none``: one text."""
+
+    none = "none"
+    boundary = "boundary"
 
 
 class Normalization(Enum):
@@ -51,10 +74,12 @@ class Normalization(Enum):
 
     ``tokens``: both terms by the number of supervised clean tokens (NLD technical report, Eq. 5).
     ``contributing``: the number of AR tokens plus the number of masked tokens (public Megatron recipe).
+    ``sequence``: each sequence by its own AR tokens and masked tokens, then the mean over sequences (Eq. 4).
     """
 
     tokens = "tokens"
     contributing = "contributing"
+    sequence = "sequence"
 
 
 class DecayStyle(Enum):
@@ -119,9 +144,14 @@ class ObjectiveConfig:
     diffusion_loss_weight: float = 0.3  # alpha of the joint stages
     block_size: int = 32  # tokens
     mask_token_id: int = 100  # refused in data, never predicted
-    sampler: Sampler = Sampler.bernoulli  # how tokens of the noisy copy are chosen
+    sampler: Sampler = Sampler.power_count  # how tokens of the noisy copy are chosen; the recipe: bernoulli
     eps: float = 1e-3  # smallest masking probability: p = (1 - eps) * t + eps
-    normalization: Normalization = Normalization.tokens  # divisor: clean tokens, or AR + masked tokens
+    stratify: Stratify = Stratify.batch  # batch: noise levels spread evenly over the global batch; the recipe: none
+    shared_noise_level: bool = False  # of bernoulli: one level for all sequences of a step (ablation)
+    complementary: bool = False  # True: two noisy copies, masked where the other is not
+    noisy_fraction: float = 0.5  # share of the blocks that get a noisy copy, weighted by its inverse; the recipe: 1
+    half_life_ratio: float = 0.25  # of position_weighted: share of a block over which the weight doubles
+    normalization: Normalization = Normalization.tokens  # divisor of both sums
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +160,7 @@ class DataConfig:
     sequence_length: int = 4096  # tokens, L
     cache_dir: str = "data/cache"  # prepared corpora and their indices
     validation_fraction: float = 0.03  # share of documents held out (shipped corpora)
+    document_mask: DocumentMask = DocumentMask.none  # boundary: documents of a sequence do not see each other
     num_workers: int = 2  # loader processes per rank
 
 
@@ -142,6 +173,7 @@ class TrainConfig:
     log_interval: int = 1  # steps
     validation_interval: int = 100  # steps; also at the first and the last step of every stage
     validation_samples: int = 64  # sequences, the same ones each time
+    term_norm_interval: int = 0  # steps between gradient norms of each loss term, at twice a step's cost; 0: never
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,6 +199,7 @@ class StageConfig:
     """One stage of a run: its objective, its length and its warmup-stable-decay learning rate."""
 
     diffusion_loss_weight: float = MISSING  # alpha; 0 runs the clean tokens alone (length L, not 2L)
+    ar_loss_weight: float = 1.0  # 1 in the recipe; 0 trains the diffusion loss alone
     tokens: int = MISSING  # clean tokens, rounded up to whole steps of global_batch_size * sequence_length
     lr: float = MISSING  # after the warm-up
     min_lr: float = MISSING  # at the last step of the stage
@@ -174,6 +207,11 @@ class StageConfig:
     decay_fraction: float = 0.1  # of the stage's steps, at its end: lr -> min_lr
     decay_style: DecayStyle = DecayStyle.linear  # shape of lr -> min_lr
     reset_optimizer: bool = False  # True: moments start from zero when the stage begins
+    chat: str | None = None  # JSONL of messages, or stdlib_chat: answers are supervised; null: the run's corpus
+    chat_validation_samples: int = 0  # sequences of held-out conversations in each validation; 0: none
+    chat_validation_fraction: float = 0.05  # share of the conversations held out where there is such a validation
+    sequence_length: int | None = None  # tokens, of a stage with chat; null: data.sequence_length
+    global_batch_size: int | None = None  # sequences, of a stage with chat; null: train.global_batch_size
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,12 +13,22 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from nld_train.config.schema import AttentionBackend, Config, Device, StageConfig
+from nld_train.config.schema import (
+    AttentionBackend,
+    Config,
+    Device,
+    DocumentMask,
+    Normalization,
+    Sampler,
+    StageConfig,
+    Stratify,
+)
 from nld_train.errors import Problem
 
 # The tokenizer that is trained on a shipped corpus gives these ids to its special tokens and one to every byte.
 SHIPPED_CORPORA = ("stdlib",)
 SHIPPED_MASK_TOKEN_ID = 3
+SHIPPED_CHATS = ("stdlib_chat",)
 SHIPPED_MIN_VOCAB_SIZE = 5 + 256
 
 MAX_SEED = 2**31 - 1  # Megatron's data sets seed numpy with 32 bits, and an epoch's number is added
@@ -175,7 +185,9 @@ def _model(config: Config) -> Iterable[Problem]:
 
 def _objective(config: Config) -> Iterable[Problem]:
     objective, length = config.objective, config.data.sequence_length
-    if objective.block_size < 1 or (length > 0 and length % objective.block_size):
+    # Where blocks begin anew at each document, the last one of a document may be short.
+    must_divide = length > 0 and config.data.document_mask is DocumentMask.none
+    if objective.block_size < 1 or (must_divide and length % objective.block_size):
         why = "is too small" if objective.block_size < 1 else f"does not divide data.sequence_length={length}"
         remedy = f"use objective.block_size={nearest(objective.block_size, _divisors(length)) if length > 0 else 32}"
         if 1 < objective.block_size < length:
@@ -200,7 +212,61 @@ def _objective(config: Config) -> Iterable[Problem]:
             f"{objective.eps} is not between 0 and 1 (exclusive): the smallest masking probability",
             "use objective.eps=0.001",
         )
+    elif objective.complementary and objective.eps >= 0.5:
+        yield Problem(
+            "objective.eps",
+            f"{objective.eps}, but with objective.complementary=true probabilities are between eps and 1 - eps",
+            "use objective.eps=0.001",
+        )
     yield from _at_least(config, 0, "objective.diffusion_loss_weight")
+    if not 0 < objective.noisy_fraction <= 1 and math.isfinite(objective.noisy_fraction):
+        yield Problem(
+            "objective.noisy_fraction",
+            f"{objective.noisy_fraction} is not in (0, 1]: the share of blocks that get a noisy copy",
+            "use objective.noisy_fraction=1, or 0.5",
+        )
+    yield from _above_zero(config, "objective.half_life_ratio")
+    if objective.shared_noise_level and objective.sampler is not Sampler.bernoulli:
+        yield Problem(
+            "objective.shared_noise_level",
+            f"True, but objective.sampler={objective.sampler.value} draws a level for each block",
+            "use objective.shared_noise_level=false, or objective.sampler=bernoulli",
+        )
+    if objective.shared_noise_level and objective.stratify is not Stratify.none:
+        yield Problem(
+            "objective.stratify",
+            f"{objective.stratify.value} spreads noise levels, but objective.shared_noise_level=true draws one",
+            "use objective.stratify=none",
+        )
+    if objective.complementary and objective.sampler is Sampler.position_weighted:
+        yield Problem(
+            "objective.complementary",
+            "True, but objective.sampler=position_weighted has no weights for a pair of copies",
+            "use objective.complementary=false, or objective.sampler=power_count",
+        )
+
+
+def notices(config: Config) -> list[str]:
+    """What is allowed and may surprise: one line each, for the run to say at its start."""
+    objective = config.objective
+    changed = [
+        f"objective.{name}={value}"
+        for name, value, is_changed in (
+            ("sampler", objective.sampler.value, objective.sampler is not Sampler.bernoulli),
+            ("complementary", "true", objective.complementary),
+            ("noisy_fraction", objective.noisy_fraction, objective.noisy_fraction != 1),
+        )
+        if is_changed
+    ]
+    lines = []
+    if changed and objective.normalization is not Normalization.tokens:
+        lines.append(
+            f"objective.normalization={objective.normalization.value} divides by counts that depend on "
+            f"{', '.join(changed)}: the expected loss is not that of the recipe's sampler (it is with tokens)"
+        )
+    if objective.sampler is Sampler.position_weighted:
+        lines.append("objective.sampler=position_weighted is a loss of its own, not another estimate of the recipe's")
+    return lines
 
 
 def _data(config: Config) -> Iterable[Problem]:
@@ -238,6 +304,14 @@ def _train(config: Config) -> Iterable[Problem]:
         *("train.global_batch_size", "train.micro_batch_size", "train.log_interval"),
         *("train.validation_interval", "train.validation_samples"),
     )
+    yield from _at_least(config, 0, "train.term_norm_interval")
+    log_interval, term_norm_interval = config.train.log_interval, config.train.term_norm_interval
+    if log_interval >= 1 and term_norm_interval > 0 and term_norm_interval % log_interval:
+        yield Problem(
+            "train.term_norm_interval",
+            f"{term_norm_interval} is no multiple of train.log_interval={log_interval}: some norms would go unseen",
+            f"use train.term_norm_interval={_multiple_of(term_norm_interval, log_interval)}",
+        )
 
 
 def _optim(config: Config) -> Iterable[Problem]:
@@ -261,7 +335,43 @@ def _stages(config: Config) -> Iterable[Problem]:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             yield Problem(key, f"{name!r} is not a plain name", "name stages with letters, digits, _ and -")
             continue
-        yield from _at_least(config, 0, f"{key}.diffusion_loss_weight")
+        yield from _at_least(config, 0, f"{key}.diffusion_loss_weight", f"{key}.ar_loss_weight")
+        if stage.diffusion_loss_weight == 0 == stage.ar_loss_weight:
+            yield Problem(
+                f"{key}.ar_loss_weight", f"0, and {key}.diffusion_loss_weight=0: no loss is left", "raise one of them"
+            )
+        yield from _at_least(config, 0, f"{key}.chat_validation_samples")
+        if stage.chat is None and stage.chat_validation_samples > 0:
+            yield Problem(
+                f"{key}.chat_validation_samples",
+                f"{stage.chat_validation_samples}, but the stage has no conversations",
+                f"use {key}.chat_validation_samples=0, or give it some with {key}.chat=FILE.jsonl",
+            )
+        fraction = stage.chat_validation_fraction
+        if not 0 < fraction < 1 and math.isfinite(fraction):
+            yield Problem(
+                f"{key}.chat_validation_fraction",
+                f"{fraction} is not between 0 and 1 (exclusive)",
+                f"use {key}.chat_validation_fraction=0.05",
+            )
+        for field in ("sequence_length", "global_batch_size"):
+            if getattr(stage, field) is None:
+                continue
+            yield from _at_least(config, 1, f"{key}.{field}")
+            if stage.chat is None:
+                section = "data" if field == "sequence_length" else "train"
+                yield Problem(
+                    f"{key}.{field}",
+                    f"{getattr(stage, field)}, but the stage reads the run's corpus, whose samples all stages share",
+                    f"set {section}.{field}, or give the stage its own data with {key}.chat=FILE.jsonl",
+                )
+        length = stage.sequence_length
+        if length is not None and length > config.model.max_position_embeddings > 0:
+            yield Problem(
+                f"{key}.sequence_length",
+                f"{length} is longer than model.max_position_embeddings={config.model.max_position_embeddings}",
+                f"use {key}.sequence_length={config.model.max_position_embeddings} or less",
+            )
         yield from _at_least(config, 1, f"{key}.tokens")
         if stage.lr <= 0:
             yield Problem(
@@ -399,28 +509,40 @@ def _launch(config: Config, world_size: int) -> Iterable[Problem]:
 
 def _batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
     yield from _validation_batch(config, data_parallel_size)
-    micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    totals = {"train.global_batch_size": config.train.global_batch_size}
+    for name, stage in config.stages.items():
+        if stage.global_batch_size is not None:
+            totals[f"stages.{name}.global_batch_size"] = stage.global_batch_size
+    for key, total in totals.items():
+        yield from _batch_of(config.train.micro_batch_size, key, total, data_parallel_size)
+
+
+def _batch_of(micro: int, key: str, total: int, data_parallel_size: int) -> Iterable[Problem]:
     if micro < 1 or total < 1 or total % (micro * data_parallel_size) == 0:
         return
     ranks = f" x {data_parallel_size} data-parallel ranks" if data_parallel_size > 1 else ""
-    remedy = f"use train.global_batch_size={_multiple_of(total, micro * data_parallel_size)}"
+    remedy = f"use {key}={_multiple_of(total, micro * data_parallel_size)}"
     if total % data_parallel_size == 0:
         remedy = f"use train.micro_batch_size={nearest(micro, _divisors(total // data_parallel_size))}, or {remedy[4:]}"
     yield Problem(
         "train.micro_batch_size",
-        f"{micro}{ranks} {'do' if ranks else 'does'} not divide train.global_batch_size={total}",
+        f"{micro}{ranks} {'do' if ranks else 'does'} not divide {key}={total}",
         remedy,
     )
 
 
 def _validation_batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
-    samples = config.train.validation_samples
-    if samples >= 1 and samples % data_parallel_size:
-        yield Problem(
-            "train.validation_samples",
-            f"{samples} cannot be shared out to {data_parallel_size} data-parallel ranks",
-            f"use train.validation_samples={_multiple_of(samples, data_parallel_size)}",
-        )
+    sizes = {"train.validation_samples": config.train.validation_samples}
+    sizes |= {
+        f"stages.{name}.chat_validation_samples": stage.chat_validation_samples for name, stage in config.stages.items()
+    }
+    for key, samples in sizes.items():
+        if samples >= 1 and samples % data_parallel_size:
+            yield Problem(
+                key,
+                f"{samples} cannot be shared out to {data_parallel_size} data-parallel ranks",
+                f"use {key}={_multiple_of(samples, data_parallel_size)}",
+            )
 
 
 def _paths(config: Config) -> Iterable[Problem]:
@@ -440,6 +562,13 @@ def _paths(config: Config) -> Iterable[Problem]:
             f"{corpus} is neither a shipped corpus nor a folder",
             f"did you mean data.corpus={guess[0]}? Else {remedy}" if guess else remedy,
         )
+    for name, stage in config.stages.items():
+        if stage.chat is not None and stage.chat not in SHIPPED_CHATS and not Path(stage.chat).is_file():
+            yield Problem(
+                f"stages.{name}.chat",
+                f"{stage.chat} is not a file",
+                f'give a JSONL file of {{"messages": [...]}} lines, or {SHIPPED_CHATS[0]}, a small set of this project',
+            )
     run_dir = Path(config.run.dir)
     if config.run.dir.strip() and run_dir.exists() and not run_dir.is_dir():
         yield Problem("run.dir", f"{run_dir} is a file", "give a folder, or a name that does not exist yet")

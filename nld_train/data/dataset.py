@@ -1,7 +1,12 @@
 """Samples of a prepared corpus: an endless training stream, and a fixed validation set.
 
 L is the sequence length. The documents of a part stand one after the other; a sample is L tokens of that text and the
-L tokens that follow them by one, across ends of documents.
+L tokens that follow them by one, across ends of documents. With a document mask, a sample says where its documents
+begin, and no label is supervised that belongs to the next one:
+
+    tokens           c  d </s> e  f  g </s> h        (the sequence begins in the middle of a document)
+    document_starts  0  0  0   3  3  3  3   7
+    loss_mask        1  1  0   1  1  1  0   1
 """
 
 import logging
@@ -29,12 +34,19 @@ VALIDATION_POSITIONS_START = 1 << 62
 
 
 class Sample(TypedDict):
-    """``tokens`` and ``labels`` (the next tokens) int64 [L]; ``loss_mask`` float32 [L], 1 where the label is supervised
-    (everywhere, in pretraining); ``stream_position``: what the sample's noise is keyed by."""
+    """One sequence.
+
+    ``tokens`` and ``labels`` (the next tokens) int64 [L]; ``loss_mask`` float32 [L], 1 where the label is supervised;
+    ``is_supervised`` bool [L], where the token itself is: all of them in pretraining, the answers in chat;
+    ``document_starts`` int64 [L], the place of the first token of each token's document, None: one text, documents are
+    not told apart; ``stream_position``: what the sample's noise is keyed by.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    is_supervised: Tensor
+    document_starts: Tensor | None
     stream_position: int
 
 
@@ -42,6 +54,12 @@ class SampleSource(Protocol):
     """What a loader reads: sample ``index``, a pure function of the corpus, the seed and the sequence length."""
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class SizedSource(SampleSource, Protocol):
+    """Samples 0 .. len - 1."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +173,7 @@ class TrainStream:
         seed: of the run.
         mask_token_id: must not occur; every sample is checked.
         cache_dir: ``data.cache_dir``; indices are kept below it, in folders keyed by the content of the token file.
+        document_mask: tell documents apart: ``document_starts`` is given, and labels do not cross.
 
     Raises:
         DataError: the training part has fewer than L + 1 tokens; on reading, a sample with a mask token or with an id
@@ -164,7 +183,14 @@ class TrainStream:
     _MAX_OPEN_EPOCHS = 2  # a micro-batch may straddle two
 
     def __init__(
-        self, corpus: PreparedCorpus, *, sequence_length: int, seed: int, mask_token_id: int, cache_dir: Path
+        self,
+        corpus: PreparedCorpus,
+        *,
+        sequence_length: int,
+        seed: int,
+        mask_token_id: int,
+        cache_dir: Path,
+        document_mask: bool = False,
     ) -> None:
         num_tokens = corpus.num_tokens(TRAIN)
         _check_length(corpus, TRAIN, sequence_length)
@@ -173,6 +199,7 @@ class TrainStream:
         self._sequence_length = sequence_length
         self._seed = seed
         self._mask_token_id = mask_token_id
+        self._document_mask = document_mask
         self._index_root = cache_dir / "index"
         self._tokens = IndexedDataset(str(corpus.prefix(TRAIN)))
         self._epochs: dict[int, EpochDataset] = {}
@@ -182,8 +209,10 @@ class TrainStream:
             raise IndexError(f"the training stream starts at sample 0, asked for {index}")
         epoch, place = divmod(index, self.samples_per_epoch)
         raw = self._epoch(epoch)[place]
-        sample = Sample(tokens=raw["tokens"], labels=raw["labels"], loss_mask=raw["loss_mask"], stream_position=index)
-        _check_sample(sample, self._corpus, TRAIN, index, self._mask_token_id)
+        sample = _text_sample(
+            raw["tokens"], raw["labels"], index, self._corpus.manifest.eos_token_id if self._document_mask else None
+        )
+        _check_text_sample(sample, self._corpus, TRAIN, index, self._mask_token_id)
         return sample
 
     def build_index(self, start_sample: int, end_sample: int) -> None:
@@ -219,12 +248,21 @@ class ValidationSet:
         sequence_length: L, tokens.
         num_samples: how many.
         mask_token_id: must not occur; every sample is checked.
+        document_mask: as in :class:`TrainStream`.
 
     Raises:
         DataError: the validation part is too small for ``num_samples``; on reading, as :class:`TrainStream`.
     """
 
-    def __init__(self, corpus: PreparedCorpus, *, sequence_length: int, num_samples: int, mask_token_id: int) -> None:
+    def __init__(
+        self,
+        corpus: PreparedCorpus,
+        *,
+        sequence_length: int,
+        num_samples: int,
+        mask_token_id: int,
+        document_mask: bool = False,
+    ) -> None:
         _check_length(corpus, VALIDATION, sequence_length)
         num_tokens = corpus.num_tokens(VALIDATION)
         available = (num_tokens - 1) // sequence_length
@@ -240,6 +278,7 @@ class ValidationSet:
         self._sequence_length = sequence_length
         self._num_samples = num_samples
         self._mask_token_id = mask_token_id
+        self._document_mask = document_mask
         self._tokens = corpus.tokens(VALIDATION)
 
     def __len__(self) -> int:
@@ -250,14 +289,34 @@ class ValidationSet:
             raise IndexError(f"the validation set has samples 0..{self._num_samples - 1}, asked for {index}")
         start = index * self._sequence_length
         text = torch.from_numpy(self._tokens[start : start + self._sequence_length + 1].astype(np.int64))
-        sample = Sample(
-            tokens=text[:-1].contiguous(),
-            labels=text[1:].contiguous(),
-            loss_mask=torch.ones(self._sequence_length),
-            stream_position=VALIDATION_POSITIONS_START + index,
+        sample = _text_sample(
+            text[:-1].contiguous(),
+            text[1:].contiguous(),
+            VALIDATION_POSITIONS_START + index,
+            self._corpus.manifest.eos_token_id if self._document_mask else None,
         )
-        _check_sample(sample, self._corpus, VALIDATION, index, self._mask_token_id)
+        _check_text_sample(sample, self._corpus, VALIDATION, index, self._mask_token_id)
         return sample
+
+
+def _text_sample(tokens: Tensor, labels: Tensor, stream_position: int, end_token_id: int | None) -> Sample:
+    """Everything is supervised, but labels across the documents that ``end_token_id`` ends (None: one text)."""
+    loss_mask = torch.ones(len(tokens))
+    document_starts = None
+    if end_token_id is not None:
+        is_last = tokens == end_token_id
+        loss_mask[is_last] = 0.0
+        # The token after the last one of a document begins the next; a sequence begins one in any case.
+        places = torch.arange(len(tokens))
+        document_starts = torch.where(is_last.roll(1), places, 0).cummax(dim=0).values
+    return Sample(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        is_supervised=torch.ones(len(tokens), dtype=torch.bool),
+        document_starts=document_starts,
+        stream_position=stream_position,
+    )
 
 
 def _check_length(corpus: PreparedCorpus, part: str, sequence_length: int) -> None:
@@ -270,23 +329,45 @@ def _check_length(corpus: PreparedCorpus, part: str, sequence_length: int) -> No
         )
 
 
-def _check_sample(sample: Sample, corpus: PreparedCorpus, part: str, index: int, mask_token_id: int) -> None:
-    """Raises DataError: the mask token, or an id that is not in the vocabulary."""
-    location = str(corpus.prefix(part).with_suffix(".bin"))
+def _check_text_sample(sample: Sample, corpus: PreparedCorpus, part: str, index: int, mask_token_id: int) -> None:
+    check_sample(
+        sample,
+        location=str(corpus.prefix(part).with_suffix(".bin")),
+        name=f"sample {index} of the {part} stream",
+        vocab_size=corpus.vocab_size,
+        mask_token_id=mask_token_id,
+        preparation="the corpus",
+    )
+
+
+def check_sample(
+    sample: Sample, *, location: str, name: str, vocab_size: int, mask_token_id: int, preparation: str
+) -> None:
+    """Refuse what must never be trained on.
+
+    Args:
+        sample: as read.
+        location: the file that it is from.
+        name: of the sample, for the message.
+        vocab_size: ids are smaller.
+        mask_token_id: must not occur.
+        preparation: what is to be prepared again if the file is wrong.
+
+    Raises:
+        DataError: the mask token, or an id that is not in the vocabulary.
+    """
     # The labels are the tokens shifted by one: the last label is the only id that the tokens do not show.
     for ids in (sample["tokens"], sample["labels"][-1:]):
         smallest, largest = (int(value) for value in ids.aminmax())
-        if smallest < 0 or largest >= corpus.vocab_size:
+        if smallest < 0 or largest >= vocab_size:
             raise DataError(
                 location,
-                f"sample {index} of the {part} stream holds token {smallest if smallest < 0 else largest}, the "
-                f"vocabulary has {corpus.vocab_size} entries",
-                "the token file was written with another tokenizer or is damaged: prepare the corpus again",
+                f"{name} holds token {smallest if smallest < 0 else largest}, the vocabulary has {vocab_size} entries",
+                f"the token file was written with another tokenizer or is damaged: prepare {preparation} again",
             )
         if bool((ids == mask_token_id).any()):
             raise DataError(
                 location,
-                f"sample {index} of the {part} stream contains the mask token, "
-                f"objective.mask_token_id = {mask_token_id}",
+                f"{name} contains the mask token, objective.mask_token_id = {mask_token_id}",
                 "set objective.mask_token_id to an id that the tokenizer never gives to text",
             )

@@ -5,7 +5,7 @@ B sequences in a micro-batch, L tokens in a sequence. Everything in a batch is o
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,16 @@ class LoaderBatch:
     """One micro-batch.
 
     ``tokens`` and ``labels`` (the next tokens) int64 [B, L]; ``loss_mask`` float32 [B, L], 1 where the label is
-    supervised; ``stream_positions`` int64 [B], each sample's place in the stream; ``corruption``: the noisy copy, None
-    in a stage without the diffusion loss.
+    supervised; ``is_supervised`` bool [B, L], where the token is; ``document_starts`` int64 [B, L], place of the first
+    token of each token's document, None where a sequence is one text; ``stream_positions`` int64 [B], each sample's
+    place in the stream; ``corruption``: the noisy rows, None in a stage without the diffusion loss.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    is_supervised: Tensor
+    document_starts: Tensor | None
     stream_positions: Tensor
     corruption: Corruption | None
 
@@ -154,17 +157,25 @@ class _MicroBatches(Dataset[LoaderBatch | Problem]):
             return error.problems[0]
         tokens = torch.stack([sample["tokens"] for sample in samples])
         positions = torch.tensor([sample["stream_position"] for sample in samples], dtype=torch.int64)
+        is_supervised = torch.stack([sample["is_supervised"] for sample in samples])
+        starts = [item for sample in samples if (item := sample["document_starts"]) is not None]
+        document_starts = torch.stack(starts) if starts else None
         return LoaderBatch(
             tokens=tokens,
             labels=torch.stack([sample["labels"] for sample in samples]),
             loss_mask=torch.stack([sample["loss_mask"] for sample in samples]),
+            is_supervised=is_supervised,
+            document_starts=document_starts,
             stream_positions=positions,
-            corruption=None if self._noise is None else corrupt(tokens, positions, self._noise),
+            corruption=None
+            if self._noise is None
+            else corrupt(tokens, positions, self._noise, is_supervised, document_starts),
         )
 
 
-# The four arrays of a batch, and the three of its noisy copy if it has one.
-_PackedBatch = tuple[np.ndarray, ...] | Problem
+# The arrays of a batch by name; those of its noisy rows are prefixed.
+_PackedBatch = dict[str, np.ndarray] | Problem
+_NOISE_PREFIX = "corruption."
 
 
 class _Packed(Dataset[_PackedBatch]):
@@ -178,23 +189,27 @@ class _Packed(Dataset[_PackedBatch]):
         batch = self._batches[key]
         if isinstance(batch, Problem):
             return batch
-        fields = [batch.tokens, batch.labels, batch.loss_mask, batch.stream_positions]
+        arrays = {
+            item.name: getattr(batch, item.name).numpy()
+            for item in fields(LoaderBatch)
+            if item.name != "corruption" and getattr(batch, item.name) is not None
+        }
         if batch.corruption is not None:
-            fields += [batch.corruption.noisy_tokens, batch.corruption.is_noised, batch.corruption.p_mask]
-        return tuple(field.numpy() for field in fields)
+            arrays |= {
+                _NOISE_PREFIX + item.name: getattr(batch.corruption, item.name).numpy() for item in fields(Corruption)
+            }
+        return arrays
 
 
 def _unpack(packed: _PackedBatch) -> LoaderBatch | Problem:
     if isinstance(packed, Problem):
         return packed
-    tokens, labels, loss_mask, stream_positions, *noise = (torch.from_numpy(field) for field in packed)
-    return LoaderBatch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        stream_positions=stream_positions,
-        corruption=Corruption(*noise) if noise else None,
-    )
+    values: dict[str, Any] = {name: torch.from_numpy(array) for name, array in packed.items()}
+    noise = {
+        name.removeprefix(_NOISE_PREFIX): values.pop(name) for name in list(values) if name.startswith(_NOISE_PREFIX)
+    }
+    values.setdefault("document_starts", None)
+    return LoaderBatch(**values, corruption=Corruption(**noise) if noise else None)
 
 
 def _step_starts(first: int, step_size: int, num_steps: int | None) -> Iterable[int]:

@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from nld_train.data.files import sha256_of_file
 from nld_train.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever the same text and options give other files; part of every cache's name."""
 
 MANIFEST_NAME = "manifest.json"

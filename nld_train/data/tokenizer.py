@@ -35,6 +35,28 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MODEL_MAX_LENGTH = 262144
 """Tokens; a hint for users of the folder, as in Ministral3."""
 
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+        {{- raise_exception('unknown role ' ~ message['role']) -}}
+    {%- endif -%}
+    {{- bos_token ~ message['role'] ~ '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] | trim ~ eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] | trim ~ eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- bos_token ~ 'assistant\\n' -}}
+{%- endif -%}
+"""
+"""``<s>role``, a newline, the text and ``</s>``, for every message; what an assistant has to write is marked.
+
+``<s>`` never occurs in the corpus, so that it is free to begin a message. Texts are stripped: none begins with
+whitespace that would merge with the newline of the header.
+"""
+
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_texts: int) -> Tokenizer:
     """Train a byte-level BPE: every text can be encoded and comes back exactly.
@@ -100,6 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         **SPECIAL_TOKENS,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -2,17 +2,20 @@
 
 ``dense`` is torch's scaled_dot_product_attention under the whole mask. ``chunked`` (CPU) computes only what the mask
 keeps. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and both fast backends use torch's
-causal kernel.
+causal kernel. A layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence.
 
-Dimensions: B sequences, S rows of the model's input (L, or 2L with a noisy half), L clean tokens, H query heads, K
-key-value heads, G = H / K query heads per key-value head, D head dimension.
+Dimensions: B sequences, S rows of the model's input (L, or 2L with a noisy half), L clean tokens, N noisy rows, H query
+heads, K key-value heads, G = H / K query heads per key-value head, D head dimension.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,11 +30,11 @@ from torch.nn.attention import flex_attention as flex
 from nld_train.config.schema import AttentionBackend
 from nld_train.errors import ConfigError, Problem
 from nld_train.model.rope import RotaryEmbedding
-from nld_train.objective.masks import dense_block_mask, flex_block_mask
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.masks import cached_by_layout, dense_block_mask, flex_block_mask
+from nld_train.objective.sequence import RowTable, SequenceLayout
 
 CHUNK_ROWS = 128
-"""Rows of each half that the chunked backend takes at a time: 256 and 1024 were slower."""
+"""Clean tokens, and their noisy rows, that the chunked backend takes at a time: 256 and 1024 were slower."""
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -78,7 +81,7 @@ def joint_attention(
     """
     if backend is AttentionBackend.dense:
         return dense_attention(query, key, value, layout, softmax_scale)
-    if not layout.has_noisy_half:
+    if layout.table is None and not layout.has_noisy_half:
         return causal_attention(query, key, value, softmax_scale)
     if backend is AttentionBackend.chunked:
         return chunked_attention(query, key, value, layout, softmax_scale)
@@ -104,32 +107,36 @@ def flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
 ) -> Tensor:
     """[B, H, S, D]: compiled flex_attention on CUDA, eager elsewhere (which torch cannot run backward)."""
-    kernel = _compiled_flex_attention() if query.is_cuda else flex.flex_attention
+    # The number of noisy rows differs from one table to the next; everything else is one shape per stage.
+    kernel = _compiled_flex_attention(dynamic=layout.table is not None) if query.is_cuda else flex.flex_attention
     block_mask = flex_block_mask(layout, query.device)
     return kernel(query, key, value, block_mask=block_mask, scale=softmax_scale, enable_gqa=True)
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    return torch.compile(flex.flex_attention, dynamic=False)
+def _compiled_flex_attention(*, dynamic: bool) -> Any:
+    return torch.compile(flex.flex_attention, dynamic=dynamic)
 
 
 def chunked_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
 ) -> Tensor:
-    """[B, H, S, D]: only what the mask keeps, on the CPU, for a layout with a noisy half.
+    """[B, H, S, D]: only what the mask keeps, on the CPU, for a layout with a noisy half or a table.
 
     Rows are taken in chunks of whole blocks, rows [start, stop) of both halves at once. They share one unmasked
     attention to the clean prefix [0, start); what is left is the square of the chunk's own noisy and clean keys, under
     the small block mask. The two partial results are merged by their log-sum-exp. The G query heads of a key-value
     head are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
+
+    With a table each sequence has chunks of its own (see :class:`_Chunk`); padding rows get 0 and no gradient.
     """
-    if not layout.has_noisy_half:
-        raise ValueError("chunked_attention is for a layout with a noisy half: use causal_attention")
+    if layout.table is None and not layout.has_noisy_half:
+        raise ValueError("chunked_attention is for a layout with a noisy half or a table: use causal_attention")
     if query.device.type != "cpu":
         raise ValueError(f"chunked_attention runs on the CPU, the query is on {query.device}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    return _ChunkedAttention.apply(query, key, value, layout, scale)
+    function = _ChunkedAttention if layout.table is None else _TableAttention
+    return function.apply(query, key, value, layout, scale)
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -232,6 +239,289 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Clean tokens [start, stop) of one sequence and the noisy rows that stand for them, R rows together.
+
+    No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
+    either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
+
+    ``first_row``: place of its rows (noisy rows, then clean ones) in the plan's order. ``is_causal``: clean rows of
+    one document, as many as there are without a noisy one.
+    """
+
+    sequence: int
+    document_start: int
+    start: int
+    stop: int
+    first_row: int
+    num_noisy_rows: int
+    is_causal: bool
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.start > self.document_start
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_noisy_rows + self.stop - self.start
+
+    def of(self, elements: Tensor, num_heads: int, *shape: int) -> Tensor:
+        """This chunk's num_heads * R elements of a tensor in the order of :meth:`_ChunkPlan.elements`, as a view."""
+        first, last = self.first_row * num_heads, (self.first_row + self.num_rows) * num_heads
+        return elements[first:last].view(*shape, *elements.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPlan:
+    """How a micro-batch's rows fall into chunks: built once, used by all layers.
+
+    ``rows`` int64 [rows that are no padding]: s * B + b, chunk by chunk. ``allowed``: the mask of each chunk against
+    its own rows, bool [R, R]; None for a causal one.
+    """
+
+    chunks: list[_Chunk]
+    rows: Tensor
+    allowed: list[Tensor | None]
+    _elements: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
+
+    def elements(self, num_heads: int) -> Tensor:
+        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, head, row)."""
+        if num_heads not in self._elements:
+            heads = torch.arange(num_heads)[:, None]
+            of_chunks = self.rows.split([chunk.num_rows for chunk in self.chunks])
+            self._elements[num_heads] = torch.cat([(rows * num_heads + heads).flatten() for rows in of_chunks])
+        return self._elements[num_heads]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`."""
+        return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1]))
+
+    def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
+        """Inverse of :meth:`gather`, in Megatron's memory order; 0 on padding rows."""
+        num_sequences, num_heads, num_rows, dim = like.shape
+        out = elements.new_zeros(num_rows * num_sequences * num_heads, dim)
+        out.index_copy_(0, self.elements(num_heads), elements)
+        return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
+
+    def calls(
+        self, num_heads: int, num_kv_heads: int, dtype: torch.dtype
+    ) -> Iterator[tuple[_Chunk, Tensor | None, int]]:
+        """Each chunk, its additive mask [G / P * R, R] (None: causal), and P, the parts its groups are taken in."""
+        group = num_heads // num_kv_heads
+        # As few as give each thread a head, since the kernel's backward pass hands out heads.
+        wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
+        parts = next((x for x in wanted if x * num_kv_heads >= torch.get_num_threads()), group)
+        key = (group // parts, dtype)
+        if key not in self._masks:
+            self._masks[key] = [None if x is None else _additive(x, key[0], dtype) for x in self.allowed]
+        for chunk, mask in zip(self.chunks, self._masks[key], strict=True):
+            yield chunk, mask, group if chunk.is_causal else parts
+
+
+@cached_by_layout
+@torch.inference_mode(False)
+def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
+    """Chunks of about ``chunk_rows`` clean tokens; more where a block or a run of clean rows is longer."""
+    table, num_noisy = layout.table, layout.num_noisy_rows
+    assert table is not None
+    num_sequences, length = table.blocks.shape[0], layout.clean_length
+    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
+    noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
+    block_starts = table.end_keys[:, :num_noisy]
+    document_starts = table.first_keys[:, num_noisy:]
+
+    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
+    crossings = torch.zeros(num_sequences, length + 2, dtype=torch.int64)
+    crossings.scatter_add_(1, block_starts + 1, is_noisy.long())
+    crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
+    boundaries = crossings.cumsum(1)[:, : length + 1] == 0
+    num_copies = torch.zeros(num_sequences, length, dtype=torch.int64)
+    num_copies.scatter_add_(1, noisy_places, is_noisy.long())
+
+    chunks: list[_Chunk] = []
+    first_row = 0
+    for sequence in range(num_sequences):
+        copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
+        noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
+        begins_document = document_starts[sequence].numpy() == np.arange(length)
+        ends = _chunk_ends(boundaries[sequence].numpy(), copies > 0, begins_document, chunk_rows)
+        for start, stop in zip([0, *ends], ends, strict=False):
+            num_noisy_rows = noisy_before[stop] - noisy_before[start]
+            is_causal = num_noisy_rows == 0 and documents[stop - 1] == documents[start]
+            chunk = _Chunk(sequence, documents[start], start, stop, first_row, num_noisy_rows, is_causal)
+            chunks.append(chunk)
+            first_row += chunk.num_rows
+
+    widths = torch.tensor([chunk.stop - chunk.start for chunk in chunks])
+    chunk_of_place = torch.arange(len(chunks)).repeat_interleave(widths).view(num_sequences, length)
+    order = torch.cat([2 * chunk_of_place.gather(1, noisy_places), 2 * chunk_of_place + 1], dim=1)
+    order[:, :num_noisy].masked_fill_(~is_noisy, -1)
+    by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
+    rows = by_chunk % layout.num_rows * num_sequences + by_chunk // layout.num_rows
+    return _ChunkPlan(chunks, rows, _allowed_pairs(chunks, table, by_chunk))
+
+
+def _chunk_ends(
+    is_boundary: np.ndarray, is_noised: np.ndarray, begins_document: np.ndarray, chunk_rows: int
+) -> list[int]:
+    """Where one sequence's chunks end.
+
+    Args:
+        is_boundary: bool [L + 1], no noisy block goes on over this place.
+        is_noised: bool [L], the token has a noisy row.
+        begins_document: bool [L].
+        chunk_rows: clean tokens of a chunk, at most, unless a block or a run of clean rows is longer.
+    """
+    length = len(is_noised)
+    boundaries = is_boundary.nonzero()[0].tolist()
+    document_starts = [*begins_document.nonzero()[0].tolist(), length]
+    run_ends = [*(is_noised | begins_document).nonzero()[0].tolist(), length]
+    ends: list[int] = []
+    start = 0
+    while start < length:
+        run_end = start if is_noised[start] else run_ends[bisect_right(run_ends, start)]
+        if run_end - start > chunk_rows:
+            start = run_end
+        else:
+            last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
+            end = boundaries[bisect_right(boundaries, min(start + chunk_rows, last)) - 1]
+            start = end if end > start else boundaries[bisect_right(boundaries, start)]
+        ends.append(start)
+    return ends
+
+
+def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor) -> list[Tensor | None]:
+    """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk."""
+    blocks, first_keys, end_keys = (
+        x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
+    )
+    places = torch.arange(table.blocks.shape[1], dtype=torch.int32)
+    allowed: list[Tensor | None] = []
+    for chunk in chunks:
+        if chunk.is_causal:
+            allowed.append(None)
+            continue
+        own = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
+        pairs = torch.empty(chunk.num_rows, chunk.num_rows, dtype=torch.bool)
+        clean = places[chunk.start : chunk.stop]
+        torch.eq(blocks[own], blocks[own][: chunk.num_noisy_rows].t(), out=pairs[:, : chunk.num_noisy_rows])
+        torch.logical_and(first_keys[own] <= clean, clean < end_keys[own], out=pairs[:, chunk.num_noisy_rows :])
+        allowed.append(pairs)
+    return allowed
+
+
+def _additive(allowed: Tensor, num_folded: int, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, else -inf, once for each head that is folded into rows."""
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf).repeat(num_folded, 1)
+
+
+class _TableAttention(torch.autograd.Function):
+    """As :class:`_ChunkedAttention`, for one chunk of one sequence at a time. Heads stand where the kernel has its
+    batch: [K, P, G / P * R, D], so that the P parts of a group give every thread a head of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+        plan = _chunk_plan(layout, CHUNK_ROWS)
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        rows = plan.gather(query)
+        keys, values = _TableKeys(plan, key, layout), _TableKeys(plan, value, layout)
+        out_rows = torch.empty_like(rows)
+        log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
+        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
+            fold = (num_heads, num_kv_heads, parts, -1)
+            of_chunk = chunk.of(rows, *fold)
+            own = keys.own(chunk, parts), values.own(chunk, parts)
+            part, part_lse = _cpu_flash(of_chunk, *own, is_causal=chunk.is_causal, attn_mask=mask, scale=scale)
+            if chunk.has_prefix:
+                prefix = _cpu_flash(of_chunk, keys.prefix(chunk, parts), values.prefix(chunk, parts), scale=scale)
+                part, part_lse = _merge(part, part_lse, *prefix)
+            chunk.of(out_rows, *fold).copy_(part)
+            chunk.of(log_sum_exp, *fold).copy_(part_lse)
+        out = plan.scatter(out_rows, query)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        ctx.layout, ctx.plan, ctx.scale = layout, plan, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sum_exp = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        rows, out_rows, grad_out_rows = (plan.gather(x) for x in (query, out, grad_out))
+        keys, values = _TableKeys(plan, key, ctx.layout), _TableKeys(plan, value, ctx.layout)
+        grad_keys, grad_values = (_TableKeyGradients(x) for x in (keys, values))
+        grad_rows = torch.empty_like(rows)
+        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
+            fold = (num_heads, num_kv_heads, parts, -1)
+            of_chunk, *of_out = (chunk.of(x, *fold) for x in (rows, out_rows, log_sum_exp))
+            grad = chunk.of(grad_out_rows, *fold)
+            own = keys.own(chunk, parts), values.own(chunk, parts)
+            of_rows, of_keys, of_values = _cpu_flash_backward(
+                grad, of_chunk, *own, *of_out, 0.0, chunk.is_causal, attn_mask=mask, scale=scale
+            )
+            grad_keys.set_own(chunk, of_keys)
+            grad_values.set_own(chunk, of_values)
+            if chunk.has_prefix:
+                prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
+                more_rows, of_keys, of_values = _cpu_flash_backward(
+                    grad, of_chunk, *prefix, *of_out, 0.0, False, scale=scale
+                )
+                of_rows = of_rows + more_rows
+                grad_keys.add_prefix(chunk, of_keys)
+                grad_values.add_prefix(chunk, of_values)
+            chunk.of(grad_rows, *fold).copy_(of_rows)
+        return plan.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
+
+
+class _TableKeys:
+    """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0."""
+
+    def __init__(self, plan: _ChunkPlan, x: Tensor, layout: SequenceLayout) -> None:
+        self.plan = plan
+        self.num_heads = x.shape[1]
+        self.rows = plan.gather(x)
+        self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
+
+    def own(self, chunk: _Chunk, parts: int) -> Tensor:
+        """[K, parts, R, D]"""
+        return chunk.of(self.rows, self.num_heads, self.num_heads, 1, -1).expand(-1, parts, -1, -1)
+
+    def prefix(self, chunk: _Chunk, parts: int) -> Tensor:
+        """[K, parts, start - document_start, D]"""
+        clean = self.clean[chunk.sequence, :, None, chunk.document_start : chunk.start]
+        return clean.expand(-1, parts, -1, -1)
+
+
+class _TableKeyGradients:
+    """Sums of what the chunks give to each key, at least in fp32: a clean key collects a term from every later chunk of
+    its document."""
+
+    def __init__(self, keys: _TableKeys) -> None:
+        self.keys = keys
+        self.dtype = _accumulation_dtype(keys.rows)
+        self.rows = torch.empty_like(keys.rows, dtype=self.dtype)
+        self.clean = torch.zeros_like(keys.clean, dtype=self.dtype)
+
+    def set_own(self, chunk: _Chunk, grad: Tensor) -> None:
+        own = chunk.of(self.rows, self.keys.num_heads, self.keys.num_heads, -1)
+        own.copy_(self._over_parts(grad))
+
+    def add_prefix(self, chunk: _Chunk, grad: Tensor) -> None:
+        self.clean[chunk.sequence, :, chunk.document_start : chunk.start] += self._over_parts(grad)
+
+    def _over_parts(self, grad: Tensor) -> Tensor:
+        """[K, parts, keys, D] -> [K, keys, D]"""
+        return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.dtype)
+
+    def total(self, like: Tensor) -> Tensor:
+        total = self.keys.plan.scatter(self.rows, like)
+        total[:, :, -self.clean.shape[2] :] += self.clean
+        return total.to(like.dtype)
 
 
 class JointAttention(MegatronModule):

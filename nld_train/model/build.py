@@ -13,9 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfig
-from nld_train.model.attention import JointAttention
 from nld_train.model.head import LossHead, WeightedRows
-from nld_train.model.layer_spec import decoder_layer_spec, decoder_spec
+from nld_train.model.layer_spec import DecoderAttention, DecoderRows, decoder_layer_spec, decoder_spec
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import SequenceLayout
 
@@ -67,6 +66,8 @@ class NLDModel(GPTModel):
 
     Rotary embedding and block mask depend on the layout, so both are applied inside the attention core; GPTModel's
     own position embedding is off.
+
+    Of the rows with weight only, the last layer computes what follows its attention, then the final norm and the head.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class NLDModel(GPTModel):
         pre_process: bool,
         post_process: bool,
     ) -> None:
+        if config.sequence_parallel:
+            raise ValueError("sequence_parallel: the last layer gathers rows of whole sequences; set it to False")
         attention = ModuleSpec(
-            module=JointAttention,
+            module=DecoderAttention,
             params={"rotary": RotaryEmbedding(model.rope, model.head_dim), "backend": backend},
         )
         super().__init__(
@@ -110,7 +113,10 @@ class NLDModel(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=layout)
+        rows = selected.rows if selected is not None and self.post_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, attention_bias=DecoderRows(layout=layout, selected=rows)
+        )
         if not self.post_process:
             return hidden
         return self.output_layer(hidden, selected)

@@ -2,11 +2,14 @@
 
 The head is the largest matrix of a small model and its logits the largest activation of any model. Two facts make it
 cheap: the loss weights are known before the forward, so rows without weight never reach the head and each chunk's
-gradient can be formed while its logits are at hand; and no more than one chunk of logits ever exists.
+gradient can be formed while its logits are at hand; and no more than one chunk of logits ever exists. The weight's
+gradient is added to Megatron's own buffer chunk by chunk.
 
 Dimensions: R rows with weight, H hidden size, V vocabulary (V/tp rows of it on each tensor-parallel rank).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from nld_train.objective.sequence import JointBatch
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 2048}  # rows of logits that exist at a time
+CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # rows of logits that exist at a time
+_PRODUCT_ROWS = 8192  # vocabulary rows of a weight gradient's product that exist at a time, on CUDA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +46,22 @@ class WeightedRows:
         )
 
 
-def select_weighted_rows(batch: JointBatch, diffusion_loss_weight: float) -> WeightedRows:
+def select_weighted_rows(batch: JointBatch, row_weights: Tensor) -> WeightedRows:
     """Pick the rows with weight from a batch on the CPU (on a GPU the count would force a synchronisation).
 
     Args:
         batch: tensors on the CPU.
-        diffusion_loss_weight: alpha.
+        row_weights: float64 [B, S] on the CPU, factor of each row's cross-entropy in the loss.
     """
-    weights = batch.row_weights(diffusion_loss_weight).t().reshape(-1)
+    weights = row_weights.t().reshape(-1)
     rows = weights.nonzero().squeeze(1)
     targets = batch.targets.t().reshape(-1)
     return WeightedRows(rows=rows, targets=targets.index_select(0, rows), weights=weights.index_select(0, rows))
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """[S, B, *] -> [R, 1, *]: the rows (int64 [R], of the flattened [S, B]) as one long sequence."""
+    return hidden.flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,11 +69,73 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@contextmanager
+def _bf16_operands() -> Iterator[None]:
+    """fp32 products on the CPU may read their operands as bf16; products and sums stay fp32.
+
+    Where the operands hold bf16 values nothing is lost, and the product is twice as fast on a CPU with bf16
+    instructions; elsewhere this changes nothing.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _add_weight_gradient(total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor) -> None:
+    """total [V/tp, H] += grad_logits.T @ hidden, without rounding the product to less than ``total`` holds.
+
+    Args:
+        total: fp32 (fp64 for fp64 operands), updated in place.
+        grad_logits: [rows, V/tp], in the dtype of ``total``.
+        rounded: the same in the dtype of ``hidden``, which the CUDA kernel reads.
+        hidden: [rows, H].
+    """
+    if hidden.dtype == total.dtype:
+        total.addmm_(grad_logits.t(), hidden)
+    elif hidden.device.type == "cpu":
+        with _bf16_operands() if hidden.dtype is torch.bfloat16 else nullcontext():
+            total.addmm_(grad_logits.t(), hidden.to(total.dtype))
+    else:
+        # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums of a bf16 product; it cannot add to its result.
+        for start in range(0, total.shape[0], _PRODUCT_ROWS):
+            part = slice(start, start + _PRODUCT_ROWS)
+            total[part].add_(torch.mm(rounded[:, part].t(), hidden, out_dtype=total.dtype))
+
+
+def _main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Megatron's gradient buffer; None for a parameter outside of DistributedDataParallel, or for another dtype."""
+    if not hasattr(weight, "main_grad") or weight.main_grad.dtype != dtype:
+        return None
+    return weight.main_grad
+
+
+def _require_unit_gradient(grad_loss: Tensor) -> None:
+    """Raise where the incoming gradient is not 1: the weight's gradient is in main_grad already, unscaled."""
+    message = (
+        "the gradient of the loss sum must be exactly 1, because the head has added its weight's gradient to main_grad "
+        "in the forward: use calculate_per_token_loss=True, a loss scale of 1, and scale the row weights instead"
+    )
+    is_one = grad_loss == 1
+    if is_one.device.type == "cpu":
+        if not is_one:
+            raise ValueError(f"{message} (found {grad_loss.item()})")
+    else:
+        torch._assert_async(is_one, message)  # the host does not wait; the device stops
+
+
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """sum_r weights[r] * CE(hidden[r] @ weight.T, targets[r]) and the unweighted CE of each row.
+    """sum_r weights[r] * CE(hidden[r] @ weight.T, targets[r]), the unweighted CE of each row, and who is right.
 
     With several tensor-parallel ranks each holds V/tp rows of ``weight``; maximum, normaliser and target logit are
     reduced over ``group``, and so is the gradient of ``hidden`` (once, after all chunks).
+
+    The gradient of ``weight`` goes straight to Megatron's ``weight.main_grad``. Then Megatron wants to see some
+    ``weight.grad`` (its hook counts parameters whose gradient is ready) and, by ``grad_added_to_main_grad``, not to add
+    it: an empty sparse tensor is one without memory.
     """
 
     @staticmethod
@@ -76,15 +147,20 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         first_vocab_id: int,
         group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden.dtype)
         num_rows = hidden.shape[0]
         num_local = weight.shape[0]
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         row_losses = torch.empty(num_rows, dtype=compute_dtype, device=hidden.device)
+        is_correct = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
         weights = weights.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=compute_dtype, device=weight.device) if needs_grad else None
+        grad_weight = main_grad = None
+        if needs_grad and weight.requires_grad:
+            grad_weight = main_grad = _main_grad(weight, compute_dtype)
+            if grad_weight is None:
+                grad_weight = torch.zeros(weight.shape, dtype=compute_dtype, device=weight.device)
         chunk = CHUNK_ROWS[hidden.device.type]
         for start in range(0, num_rows, chunk):
             rows = slice(start, min(start + chunk, num_rows))
@@ -102,37 +178,40 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if group is not None:
                 dist.all_reduce(sums, group=group)
             row_losses[rows] = sums[0].log() - sums[1]
-            if grad_hidden is None or grad_weight is None:
-                continue
-            # d loss / d logits = weight * (softmax - onehot)
-            probabilities.mul_((weights[rows] / sums[0]).unsqueeze(1))
-            probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
-            grad_logits = probabilities.to(hidden.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_logits.dtype == compute_dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[rows])
-            else:
-                grad_weight.add_(grad_logits.t() @ hidden[rows])
-        if grad_hidden is not None and grad_weight is not None:
+            is_correct[rows] = sums[1] == 0  # the maximum was subtracted
+            if grad_hidden is not None:
+                # d loss / d logits = weight * (softmax - onehot)
+                probabilities.mul_((weights[rows] / sums[0]).unsqueeze(1))
+                probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
+                rounded = probabilities.to(hidden.dtype)
+                torch.mm(rounded, weight, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    _add_weight_gradient(grad_weight, probabilities, rounded, hidden[rows])
+                del rounded
+            del logits, probabilities  # before those of the next chunk are made
+        if grad_hidden is not None:
             if group is not None:
                 dist.all_reduce(grad_hidden, group=group)
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(row_losses)
-        return (row_losses * weights).sum(), row_losses
+            ctx.save_for_backward(grad_hidden, None if main_grad is not None else grad_weight)
+            ctx.weight = weight
+            ctx.is_in_main_grad = main_grad is not None
+        ctx.mark_non_differentiable(row_losses, is_correct)
+        return (row_losses * weights).sum(), row_losses, is_correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype),
-            grad_weight.mul_(grad_loss).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        weight = ctx.weight
+        if ctx.is_in_main_grad:
+            _require_unit_gradient(grad_loss)
+            weight.grad_added_to_main_grad = True
+            grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
+        else:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            if grad_weight is not None:
+                grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -143,8 +222,13 @@ def fused_linear_cross_entropy(
     *,
     first_vocab_id: int = 0,
     group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of cross-entropies, and the cross-entropy of each row, without ever holding all logits.
+
+    Where ``weight.main_grad`` exists (Megatron's DistributedDataParallel; fp32, or fp64 for fp64 input), the forward
+    adds the weight's gradient to it, chunk by chunk, and no other buffer of the weight's size exists. Then every
+    forward with gradients must be followed by a backward whose gradient of the loss is exactly 1 before the buffer is
+    used. Otherwise backward returns the gradient as usual, in the dtype of ``weight``.
 
     Args:
         hidden: [R, H].
@@ -155,10 +239,16 @@ def fused_linear_cross_entropy(
         group: tensor-parallel group; None for one rank.
 
     Returns:
-        the weighted sum (differentiable with respect to ``hidden`` and ``weight``; fp32, or fp64 for fp64 input) and
-        the unweighted cross-entropy of each row [R] (no gradient).
+        the weighted sum (differentiable with respect to ``hidden`` and ``weight``; fp32, or fp64 for fp64 input), the
+        unweighted cross-entropy of each row [R] (no gradient), and bool [R]: the target's logit is the row's largest
+        (or equals it).
+
+    Raises:
+        ValueError: in backward, the gradient went to ``main_grad`` and that of the loss is not 1 (on a GPU the device
+            stops with an assertion instead, since the host does not wait for the number).
     """
-    return _FusedLinearCrossEntropy.apply(hidden, weight, targets, weights, first_vocab_id, group)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _FusedLinearCrossEntropy.apply(hidden, weight, targets, weights, first_vocab_id, group, needs_grad)
 
 
 class LossHead(tensor_parallel.ColumnParallelLinear):
@@ -182,11 +272,11 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         """Loss of the selected rows, or all logits.
 
         Args:
-            hidden: [S, B, H].
+            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`); for logits [S, B, H].
             selected: the rows that enter the loss; None asks for logits.
 
         Returns:
-            ``(loss, row_losses)`` as :func:`fused_linear_cross_entropy`, or logits [B, S, V] gathered over
+            ``(loss, row_losses, is_correct)`` as :func:`fused_linear_cross_entropy`, or logits [B, S, V] gathered over
             tensor-parallel ranks.
         """
         if selected is None:
@@ -195,7 +285,7 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         rank = parallel_state.get_tensor_model_parallel_rank()
         is_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
         return fused_linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]).index_select(0, selected.rows),
+            hidden.squeeze(1),
             self.weight,
             selected.targets,
             selected.weights,

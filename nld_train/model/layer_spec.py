@@ -1,4 +1,13 @@
-"""What a decoder layer is made of: Megatron's own layer, our norm and our attention core."""
+"""What a decoder layer is made of: Megatron's own layer, our norm and our attention core.
+
+After the attention of the last layer only the rows that enter the loss go on.
+
+Dimensions: B sequences, S rows of the model's input, R of the S * B rows that enter the loss, H hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -13,6 +22,22 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+from nld_train.model.attention import JointAttention
+from nld_train.model.head import gather_rows
+from nld_train.objective.sequence import SequenceLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderRows:
+    """What the rows of one micro-batch are; travels down the decoder as ``attention_bias``.
+
+    ``layout``: of the S rows. ``selected`` int64 [R]: index into the flattened [S, B], the rows that leave the last
+    layer; None: all do.
+    """
+
+    layout: SequenceLayout
+    selected: Tensor | None
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,14 +61,59 @@ class RMSNorm(torch.nn.Module):
         return self.weight * values.to(hidden.dtype)
 
 
+class DecoderAttention(JointAttention):
+    """The attention core of a decoder layer; that of the last layer returns the selected rows alone."""
+
+    def forward(self, *args: Any, attention_bias: Any = None, **kwargs: Any) -> Tensor:
+        """As :meth:`JointAttention.forward`, with :class:`DecoderRows` as ``attention_bias``.
+
+        Returns:
+            [S, B, heads * head dimension]; in the last layer [R, 1, heads * head dimension] if rows are selected.
+        """
+        if not isinstance(attention_bias, DecoderRows):
+            raise TypeError(f"the decoder needs DecoderRows as attention_bias, got {type(attention_bias).__name__}")
+        out = super().forward(*args, attention_bias=attention_bias.layout, **kwargs)
+        if attention_bias.selected is None or self.layer_number != self.config.num_layers:
+            return out
+        return gather_rows(out, attention_bias.selected)
+
+
+class Residual:
+    """Megatron's residual connection, to which only the selected rows of the residual go."""
+
+    def __init__(self) -> None:
+        self.selected: Tensor | None = None
+
+    def __call__(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        add = get_bias_dropout_add(training, fused)
+        selected = self.selected
+        if selected is None:
+            return add
+        return lambda branch, residual, dropout: add(branch, gather_rows(residual, selected), dropout)
+
+
+class DecoderLayer(TransformerLayer):
+    """Megatron's layer; the last one goes on with the selected rows alone after its attention."""
+
+    def forward(self, *args: Any, attention_bias: DecoderRows, **kwargs: Any) -> Any:
+        """As Megatron's. The rows are those of this very call, also when Megatron calls again to recompute."""
+        if self.layer_number != self.config.num_layers:
+            return super().forward(*args, attention_bias=attention_bias, **kwargs)
+        self.self_attn_bda.selected = attention_bias.selected
+        try:
+            return super().forward(*args, attention_bias=attention_bias, **kwargs)
+        finally:
+            self.self_attn_bda.selected = None
+
+
 def decoder_layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
     """One pre-norm layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU.
 
     Args:
-        core_attention: the module between the qkv and the output projection.
+        core_attention: the module between the qkv and the output projection, a :class:`DecoderAttention`.
     """
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -58,7 +128,7 @@ def decoder_layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=Residual,
             pre_mlp_layernorm=RMSNorm,
             # The form of this entry differs between Megatron releases; Megatron's own helper gives the right one.
             mlp=get_mlp_module_spec_for_backend(LocalSpecProvider()),

@@ -1,9 +1,10 @@
 """YaRN rotary position embedding and the query scaling of Ministral3, bit-equal to transformers' tables.
 
-Positions count inside each half: with a noisy half, rows l and L + l share position l.
+Positions count inside each half: with a noisy half, rows l and L + l share position l. With a row table each row brings
+its position in its document.
 
-Dimensions: S rows (L, or 2L with a noisy half), L clean tokens, B sequences, H query heads, K key-value heads, D head
-dimension.
+Dimensions: S rows of the model's input (L, 2L or N + L), L clean tokens, B sequences, H query heads, K key-value heads,
+D head dimension.
 """
 
 import math
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nld_train.config.schema import RopeConfig
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.sequence import RowTable, SequenceLayout
 
 
 @dataclass(frozen=True, slots=True)
 class RotaryTables:
-    """Tables for positions 0..L-1, in the dtype of the queries.
+    """Tables for positions 0..L-1, in the dtype of the queries; of a row table for its rows, [S, B] in place of [L].
 
     ``cos``, ``sin`` [L, D]; both halves of D hold the same numbers. ``query_scale`` [L]; None where it is 1 throughout.
     """
@@ -47,6 +49,7 @@ class RotaryEmbedding:
         self.inverse_frequencies = _yarn_inverse_frequencies(config, head_dim)
         self.attention_factor = _attention_factor(config)
         self._tables: dict[tuple[int, torch.device, torch.dtype], RotaryTables] = {}
+        self._row_tables = WeakIdKeyDictionary()  # position_ids -> dtype -> tables; a micro-batch's go with it
 
     def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
         """Tables for ``length`` positions; built on first use, then shared (do not write to them)."""
@@ -54,6 +57,21 @@ class RotaryEmbedding:
         if key not in self._tables:
             self._tables[key] = self._build_tables(length, device, dtype)
         return self._tables[key]
+
+    def row_tables(self, table: RowTable, length: int, dtype: torch.dtype) -> RotaryTables:
+        """Tables for the rows of a row table over L = ``length`` clean tokens, on its device; shared by all layers."""
+        by_dtype = self._row_tables.setdefault(table.position_ids, {})
+        if dtype not in by_dtype:
+            by_dtype[dtype] = self._gather_tables(table, length, dtype)
+        return by_dtype[dtype]
+
+    @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
+    @torch.no_grad()
+    def _gather_tables(self, table: RowTable, length: int, dtype: torch.dtype) -> RotaryTables:
+        positions = table.position_ids.t()
+        tables = self.tables(length, positions.device, dtype)
+        query_scale = None if tables.query_scale is None else tables.query_scale[positions]
+        return RotaryTables(tables.cos[positions], tables.sin[positions], query_scale)
 
     @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
     @torch.no_grad()
@@ -79,12 +97,16 @@ class RotaryEmbedding:
             raise ValueError(
                 f"query {list(query.shape)} does not fit S = {layout.num_rows} rows and head dimension {self.head_dim}"
             )
-        tables = self.tables(layout.clean_length, query.device, query.dtype)
-        query = _Rotate.apply(query, tables.cos, tables.sin)
-        key = _Rotate.apply(key, tables.cos, tables.sin)
-        if tables.query_scale is not None:
-            query = query * tables.query_scale.repeat(layout.num_halves)[:, None, None, None]
-        return query, key
+        if layout.table is None:
+            tables = self.tables(layout.clean_length, query.device, query.dtype)
+            cos, sin, query_scale = tables.cos[:, None], tables.sin[:, None], tables.query_scale
+            if query_scale is not None:
+                query_scale = query_scale.repeat(layout.num_halves)[:, None]
+        else:
+            tables = self.row_tables(layout.table, layout.clean_length, query.dtype)
+            cos, sin, query_scale = tables.cos, tables.sin, tables.query_scale
+        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+        return query if query_scale is None else query * query_scale[:, :, None, None], key
 
 
 class _Rotate(torch.autograd.Function):
@@ -106,9 +128,14 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [S, B, heads, D], tables [L, D] -> contiguous [S, B, heads, D]; products are rounded before they are added."""
-    length, dim = cos.shape
-    cos, sin = cos[:, None, None, : dim // 2], sin[:, None, None, : dim // 2]
+    """Contiguous [S, B, heads, D]; products are rounded before they are added.
+
+    Args:
+        x: [S, B, heads, D].
+        cos, sin: [L, 1, D], the same in every half and sequence, or [S, B, D].
+    """
+    length, _, dim = cos.shape
+    cos, sin = cos[:, :, None, : dim // 2], sin[:, :, None, : dim // 2]
     rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x1, x2 = x.unflatten(0, (-1, length)).chunk(2, dim=-1)
     y1, y2 = rotated.unflatten(0, (-1, length)).chunk(2, dim=-1)

@@ -4,17 +4,22 @@ One predicate, three forms: a function of indices (what flex_attention wants), a
 small diagonal blocks), and flex_attention's BlockMask. The last two are built once per (layout, device) and shared by
 all layers, so they must not be written to.
 
-Dimensions: B block size here, L clean tokens of a sequence, S rows of the model's input (L, or 2L with a noisy half).
+Dimensions: B sequences, L clean tokens of a sequence, N noisy rows, S = N + L rows of the model's input.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.weak import WeakIdKeyDictionary
 
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.sequence import RowTable, SequenceLayout
+
+Key = TypeVarTuple("Key")
+Value = TypeVar("Value")
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query row, key row), integer tensors that broadcast -> bool tensor: True where attention is allowed."""
@@ -23,12 +28,36 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _CACHED_LAYOUTS = 8
 
 
+def cached_by_layout(
+    build: Callable[[SequenceLayout, *Key], Value],
+) -> Callable[[SequenceLayout, *Key], Value]:
+    """Every layer asks for the same thing: keep what ``build(layout, *hashable)`` returned.
+
+    Equal layouts without a table share the last few results. Those of a layout with a table live as long as the table,
+    so a micro-batch's are freed with it; a result must therefore not hold the table's own tensors.
+    """
+    of_plain = lru_cache(maxsize=_CACHED_LAYOUTS)(build)
+    # A RowTable takes no weak references. Its ``end_keys`` stand for it: no two tables share them.
+    of_tables = WeakIdKeyDictionary()
+
+    @wraps(build)
+    def cached(layout: SequenceLayout, *key: *Key) -> Value:
+        if layout.table is None:
+            return of_plain(layout, *key)
+        results: dict[tuple[*Key], Value] = of_tables.setdefault(layout.table.end_keys, {})
+        if key not in results:
+            results[key] = build(layout, *key)
+        return results[key]
+
+    return cached
+
+
 def block_mask_function(layout: SequenceLayout) -> MaskFunction:
-    """The rule itself; batch and head are ignored.
+    """The rule itself; head is ignored, and so is batch without a table.
 
     A noisy row sees its own noisy block, both directions, and the clean tokens of earlier blocks; a clean row sees
     clean tokens up to itself. The clean half is therefore an ordinary causal run: without a noisy half this is the
-    causal mask. For L = 8 and B = 4 (rows are queries, columns keys, # may attend)::
+    causal mask. For L = 8 and blocks of 4 (rows are queries, columns keys, # may attend)::
 
                      noisy     clean
                    01234567  01234567
@@ -48,7 +77,28 @@ def block_mask_function(layout: SequenceLayout) -> MaskFunction:
         clean  5   ........  ######..
         clean  6   ........  #######.
         clean  7   ........  ########
+
+    With a table the same holds inside each document, for the blocks that are there. L = 8, documents of 5 and 3 tokens,
+    blocks of 2, of which {2, 3}, {4} and {7} are noisy, and a padding row (numbers are places)::
+
+                     noisy  clean
+                   2347-  01234567
+        noisy  2   ##...  ##......
+        noisy  3   ##...  ##......
+        noisy  4   ..#..  ####....
+        noisy  7   ...#.  .....##.
+        noisy  -   ....#  ........
+        clean  0   .....  #.......
+        clean  1   .....  ##......
+        clean  2   .....  ###.....
+        clean  3   .....  ####....
+        clean  4   .....  #####...
+        clean  5   .....  .....#..
+        clean  6   .....  .....##.
+        clean  7   .....  .....###
     """
+    if layout.table is not None:
+        return _table_mask_function(layout.table, layout.num_noisy_rows)
     length, block_size = layout.clean_length, layout.block_size
 
     def causal(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
@@ -65,19 +115,39 @@ def block_mask_function(layout: SequenceLayout) -> MaskFunction:
     return block if layout.has_noisy_half else causal
 
 
-@lru_cache(maxsize=_CACHED_LAYOUTS)
+def _table_mask_function(table: RowTable, num_noisy_rows: int) -> MaskFunction:
+    # Copies, as cached_by_layout wants them, and tensors only: a number that differs from micro-batch to micro-batch
+    # would make torch.compile start again.
+    blocks, first_keys, end_keys = (x.to(torch.int32) for x in (table.blocks, table.first_keys, table.end_keys))
+    places = torch.arange(-num_noisy_rows, blocks.shape[1] - num_noisy_rows, dtype=torch.int32, device=blocks.device)
+
+    def of_table(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
+        place = places[key_row]  # negative for noisy keys, which no range of clean ones contains
+        is_own_block = (place < 0) & (blocks[batch, query_row] == blocks[batch, key_row])
+        return is_own_block | (first_keys[batch, query_row] <= place) & (place < end_keys[batch, query_row])
+
+    return of_table
+
+
+@cached_by_layout
 @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
 def dense_block_mask(layout: SequenceLayout, device: torch.device) -> Tensor:
-    """bool [S, S] on ``device``, True where the row (query) may attend to the column (key). Shared: do not write."""
+    """bool [S, S], or [B, 1, S, S] with a table (which lies on ``device``, as the mask does): True where the row
+    (query) may attend to the column (key). Shared: do not write."""
     rows = torch.arange(layout.num_rows, device=device)
     unused = rows.new_zeros(())
-    return block_mask_function(layout)(unused, unused, rows[:, None], rows[None, :])
+    if layout.table is None:
+        return block_mask_function(layout)(unused, unused, rows[:, None], rows[None, :])
+    sequences = torch.arange(layout.table.blocks.shape[0], device=device)[:, None, None, None]
+    return block_mask_function(layout)(sequences, unused, rows[:, None], rows[None, :])
 
 
-@lru_cache(maxsize=_CACHED_LAYOUTS)
+@cached_by_layout
 @torch.inference_mode(False)
 def flex_block_mask(layout: SequenceLayout, device: torch.device) -> BlockMask:
-    """flex_attention's tile table of the same mask, for any batch size and number of heads."""
+    """flex_attention's tile table of the same mask, for any number of heads, and any batch size without a table."""
+    num_sequences = None if layout.table is None else layout.table.blocks.shape[0]
+    rows = layout.num_rows
     return create_block_mask(
-        block_mask_function(layout), B=None, H=None, Q_LEN=layout.num_rows, KV_LEN=layout.num_rows, device=device
+        block_mask_function(layout), B=num_sequences, H=None, Q_LEN=rows, KV_LEN=rows, device=device
     )

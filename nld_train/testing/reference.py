@@ -99,8 +99,7 @@ def joint_loss(
     tokens: Tensor,
     labels: Tensor,
     noisy_tokens: Tensor,
-    is_noised: Tensor,
-    p_mask: Tensor,
+    diffusion_weights: Tensor,
     *,
     block_size: int,
     diffusion_loss_weight: float,
@@ -109,7 +108,7 @@ def joint_loss(
     """L = (sum_AR + alpha * sum_diff) / divisor over all sequences, one token at a time. Differentiable.
 
     Args:
-        tokens, labels, noisy_tokens, is_noised, p_mask: [B, L].
+        tokens, labels, noisy_tokens, diffusion_weights: [B, L], the weight of a token that is not masked being 0.
     """
     num_sequences, length = tokens.shape
     positions = torch.arange(length).repeat(2)
@@ -121,8 +120,8 @@ def joint_loss(
         for position in range(length):
             ar_logits = logits[sequence, length + position]
             total = total - ar_logits.log_softmax(-1)[labels[sequence, position]]
-            if is_noised[sequence, position]:
+            if diffusion_weights[sequence, position]:
                 noisy_logits = logits[sequence, position]
                 cross_entropy = -noisy_logits.log_softmax(-1)[tokens[sequence, position]]
-                total = total + diffusion_loss_weight * cross_entropy / p_mask[sequence, position]
+                total = total + diffusion_loss_weight * cross_entropy * diffusion_weights[sequence, position]
     return total / divisor

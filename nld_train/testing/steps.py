@@ -3,23 +3,31 @@
 Cases for :class:`nld_train.testing.ranks.RankPool`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nld_train.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, RopeConfig
+from nld_train.config.schema import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    RopeConfig,
+    Sampler,
+    Stratify,
+)
 from nld_train.data.loader import LoaderBatch
 from nld_train.model.build import NLDModel, build_model, global_parameter_name, partition_dim
 from nld_train.objective.losses import LossTerms
-from nld_train.objective.noise import NoiseSpec, corrupt
+from nld_train.objective.noise import Corruption, corrupt
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import StepShape, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
 
 
 def tiny_model(**changes: object) -> ModelConfig:
@@ -38,18 +46,35 @@ def tiny_model(**changes: object) -> ModelConfig:
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
 
+def tiny_recipe(**changes: object) -> ObjectiveConfig:
+    """The recipe's estimator with blocks of 4."""
+    values: dict[str, object] = {
+        "block_size": 4,
+        "mask_token_id": 3,
+        "sampler": Sampler.bernoulli,
+        "stratify": Stratify.none,
+        "noisy_fraction": 1.0,
+    }
+    return ObjectiveConfig(**(values | changes))  # type: ignore[arg-type]
+
+
 @dataclass(slots=True, kw_only=True)
 class StepCase:
     """What to compute: a global batch of ``samples`` (tokens int64 [N, L + 1], noise by place in the stream).
 
-    ``diffusion_loss_weight`` 0 is an AR step (no noisy half). ``noise`` None takes the recipe's sampler; else a list of
-    (is_noised [N, L], p_mask [N, L]).
+    ``diffusion_loss_weight`` 0 is an AR step (no noisy part). ``is_supervised`` bool [N, L] and ``document_starts``
+    int64 [N, L] as in a :class:`LoaderBatch`; the AR loss stays inside documents, where the next token is supervised.
     """
 
     samples: Tensor
     model: ModelConfig = field(default_factory=tiny_model)
-    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig(block_size=4, mask_token_id=3))
+    objective: ObjectiveConfig = field(default_factory=tiny_recipe)
+    is_supervised: Tensor | None = None
+    document_starts: Tensor | None = None
+    corruption: Corruption | None = None  # of all samples; None: drawn by the objective's sampler
+    first_position: int = 0  # of the samples in the stream
     diffusion_loss_weight: float = 0.3
+    ar_loss_weight: float = 1.0
     micro_batch_size: int = 1
     dtype: torch.dtype = torch.float64
     seed: int = 1234
@@ -72,20 +97,40 @@ class StepResult:
 
 def loader_batches(case: StepCase, topology: Topology) -> list[LoaderBatch]:
     """This rank's micro-batches, in the order of :class:`nld_train.data.loader.TrainLoader`."""
-    spec = NoiseSpec(mask_token_id=case.objective.mask_token_id, eps=case.objective.eps, seed=case.seed)
+    spec = noise_spec(case.objective, seed=case.seed, global_batch_size=case.samples.shape[0])
     per_round = case.micro_batch_size * topology.data_parallel_size
     batches = []
     for start in range(topology.data_parallel_rank * case.micro_batch_size, case.samples.shape[0], per_round):
-        positions = torch.arange(start, start + case.micro_batch_size)
-        text = case.samples[positions]
+        rows = torch.arange(start, start + case.micro_batch_size)
+        text = case.samples[rows]
         tokens = text[:, :-1].contiguous()
+        is_supervised = torch.ones_like(tokens, dtype=torch.bool)
+        if case.is_supervised is not None:
+            is_supervised = case.is_supervised[rows]
+        # The token after the last one is supervised where that one is.
+        loss_mask = torch.cat([is_supervised[:, 1:], is_supervised[:, -1:]], dim=1)
+        document_starts = None
+        if case.document_starts is not None:
+            document_starts = case.document_starts[rows]
+            loss_mask[:, :-1] &= document_starts[:, 1:] == document_starts[:, :-1]
+            loss_mask[:, -1] = False
+        positions = rows + case.first_position
+        corruption = None
+        if case.corruption is not None:
+            corruption = Corruption(
+                **{item.name: getattr(case.corruption, item.name)[rows] for item in fields(Corruption)}
+            )
+        elif case.diffusion_loss_weight:
+            corruption = corrupt(tokens, positions, spec, is_supervised, document_starts)
         batches.append(
             LoaderBatch(
                 tokens=tokens,
                 labels=text[:, 1:].contiguous(),
-                loss_mask=torch.ones_like(tokens, dtype=torch.float32),
+                loss_mask=loss_mask.to(torch.float32),
+                is_supervised=is_supervised,
+                document_starts=document_starts,
                 stream_positions=positions,
-                corruption=corrupt(tokens, positions, spec) if case.diffusion_loss_weight else None,
+                corruption=corruption,
             )
         )
     return batches
@@ -133,11 +178,10 @@ def run_step(
     wrapped = wrap_data_parallel(model, overlap=case.overlap, use_distributed_optimizer=trains)
     optimizer = build_optimizer(case.optim, [wrapped], case.dtype) if trains else None
     connect(model, wrapped, optimizer)
-    length = case.samples.shape[1] - 1
     shape = StepShape(
         num_microbatches=case.samples.shape[0] // (case.micro_batch_size * topology.data_parallel_size),
         micro_batch_size=case.micro_batch_size,
-        num_rows=2 * length if case.diffusion_loss_weight else length,
+        num_rows=None,
     )
     for _ in range(max(1, case.num_optimizer_steps)):
         wrapped.zero_grad_buffer()
@@ -146,7 +190,7 @@ def run_step(
             wrapped,
             shape,
             objective=case.objective,
-            diffusion_loss_weight=case.diffusion_loss_weight,
+            weights=LossWeights(ar=case.ar_loss_weight, diffusion=case.diffusion_loss_weight),
             device=platform.device,
         )
         if optimizer is not None:
@@ -156,10 +200,43 @@ def run_step(
         wrapped.start_param_sync(force_sync=True)
     named = dict(model.named_parameters())
     return StepResult(
-        terms=terms,
+        terms=reduce_terms(terms),
         gradients={} if trains else whole_tensors(model, {name: p.main_grad for name, p in named.items()}),  # type: ignore[attr-defined]
         parameters=whole_tensors(model, {name: p.detach() for name, p in named.items()}),
     )
+
+
+def run_many_draws(topology: Topology, platform: Platform, case: StepCase, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Diffusion loss (sum per sequence) and its gradient for ``num_draws`` global batches of the same samples, each at
+    other places of the stream (one rank).
+
+    Returns:
+        float64 [num_draws], and [num_draws, all parameters].
+    """
+    model = build_model(case.model, ParallelConfig(), dtype=case.dtype, device=platform.device, seed=case.seed)
+    wrapped = wrap_data_parallel(model, overlap=False, use_distributed_optimizer=False)
+    connect(model, wrapped, None)
+    num_samples = case.samples.shape[0]
+    losses, gradients = [], []
+    for draw in range(num_draws):
+        wrapped.zero_grad_buffer()
+        moved = replace(case, first_position=draw * num_samples)
+        terms = run_microbatches(
+            iter(loader_batches(moved, topology)),
+            wrapped,
+            StepShape(
+                num_microbatches=num_samples // case.micro_batch_size,
+                micro_batch_size=case.micro_batch_size,
+                num_rows=None,
+            ),
+            objective=case.objective,
+            weights=LossWeights(ar=0.0, diffusion=1.0),
+            device=platform.device,
+        )
+        losses.append(terms.diffusion_sum / num_samples)
+        gradient = torch.cat([p.main_grad.reshape(-1) for p in model.parameters()])  # type: ignore[attr-defined]
+        gradients.append(gradient.double() * (terms.divisor / num_samples))
+    return torch.stack(losses), torch.stack(gradients)
 
 
 def run_logits(

@@ -3,7 +3,8 @@
 One JSON object per line. A step record holds ``step, stage, tokens, loss, ar_loss, diffusion_loss, lr, grad_norm,
 step_seconds, tokens_per_second``; a validation record ``step, stage, tokens, val_ar_loss, val_diffusion_loss`` and
 whatever else the validation reports, each name with ``val_`` before it. Losses are means per token in nats; ``tokens``
-counts the clean tokens consumed since the start of the run; ``diffusion_loss`` is null in a stage with alpha = 0.
+counts the clean tokens consumed since the start of the run; ``diffusion_loss`` is null in a stage with alpha = 0,
+``ar_loss`` in one with ``ar_loss_weight`` 0.
 A number that is not finite stands as null, and ``non_finite`` names it:
 ``{"loss": null, "non_finite": {"loss": "nan"}}``.
 

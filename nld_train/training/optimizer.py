@@ -140,6 +140,12 @@ def step_with_norm(optimizer: MegatronOptimizer, optim: OptimConfig) -> float:
     return float(grad_norm)
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the gradients at hand, without a step. Collective."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def reset_moments(optimizer: MegatronOptimizer) -> None:
     """Start the moments and the bias correction from zero (``reset_optimizer`` of a stage)."""
     inner: Any = optimizer

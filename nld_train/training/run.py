@@ -1,6 +1,7 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import save_resolved, to_dict
-from nld_train.config.schema import Config, Precision
+from nld_train.config.schema import Config, DocumentMask, Precision
+from nld_train.config.validate import notices
+from nld_train.data.chat import ChatStream, ChatValidation, PreparedChat, chat_path, prepare_chat
 from nld_train.data.dataset import TrainStream, ValidationSet
 from nld_train.data.prepare import prepare
 from nld_train.data.prepared import PreparedCorpus
@@ -23,8 +26,8 @@ from nld_train.platform.topology import Topology, topology_of
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
 from nld_train.training.optimizer import build_optimizer, choose_adam
-from nld_train.training.run_folder import check_same_corpus, find_resume_point, lock_run_folder, make_folder
-from nld_train.training.stages import Stage, plan_stages
+from nld_train.training.run_folder import check_same_data, find_resume_point, lock_run_folder, make_folder
+from nld_train.training.stages import Stage, plan_stages, stage_of_step
 from nld_train.training.trainer import Trainer
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -50,28 +53,19 @@ def run(config: Config) -> None:
             manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint)
             resume = find_resume_point(manager, config, stages)
             corpus = prepare_corpus(config, topology)
+            chats = prepare_chats(config, corpus, topology)
             if resume is not None:
-                check_same_corpus(resume.info, corpus, resume.checkpoint)
+                check_same_data(resume.info, corpus, chats, resume.checkpoint)
             start_step = resume.info.step if resume is not None else 0
             is_finished = start_step == stages[-1].last_step
             if is_main and not is_finished:
                 save_resolved(config, run_dir / "config.yaml")
                 shutil.copytree(corpus.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
-            stream = TrainStream(
-                corpus,
-                sequence_length=config.data.sequence_length,
-                seed=config.run.seed,
-                mask_token_id=config.objective.mask_token_id,
-                cache_dir=Path(config.data.cache_dir),
-            )
-            first_sample = start_step * config.train.global_batch_size
-            stream.build_index(first_sample, first_sample + config.train.global_batch_size)
-            validation = ValidationSet(
-                corpus,
-                sequence_length=config.data.sequence_length,
-                num_samples=config.train.validation_samples,
-                mask_token_id=config.objective.mask_token_id,
-            )
+            sources, validation, chat_validations = open_data(config, corpus, chats, stages)
+            if not is_finished:
+                stage = stage_of_step(stages, start_step + 1)
+                first_sample = stage.consumed_samples(start_step + 1)
+                sources[stage.name].build_index(first_sample, first_sample + stage.global_batch_size)
 
             dtype = _DTYPES[config.train.precision]
             model = build_model(
@@ -88,6 +82,8 @@ def run(config: Config) -> None:
             if is_main:
                 callbacks = build_callbacks(config)
             callbacks.on_run_start(describe(config, stages, start_step, platform, topology))
+            for line in notices(config):
+                callbacks.on_message(line)
             trainer = Trainer(
                 config=config,
                 topology=topology,
@@ -95,8 +91,10 @@ def run(config: Config) -> None:
                 stages=stages,
                 model=wrapped,
                 optimizer=optimizer,
-                stream=stream,
+                sources=sources,
                 validation=validation,
+                chat_validations=chat_validations,
+                chat_hashes={name: chat.content_hash for name, chat in chats.items()},
                 manager=manager,
                 callbacks=callbacks,
                 corpus=corpus,
@@ -124,6 +122,69 @@ def prepare_corpus(config: Config, topology: Topology) -> PreparedCorpus:
         return call(None)
     with RichProgress() as progress:
         return call(progress)
+
+
+def prepare_chats(config: Config, corpus: PreparedCorpus, topology: Topology) -> dict[str, PreparedChat]:
+    """The conversations of each stage that has its own, tokenised with the corpus' tokenizer; rank 0 shows progress."""
+    found: dict[str, PreparedChat] = {}
+    for name, stage in config.stages.items():
+        if stage.chat is None:
+            continue
+        path, cache_dir = chat_path(stage.chat), Path(config.data.cache_dir)
+        if topology.is_main:
+            with RichProgress() as progress:
+                found[name] = prepare_chat(path, corpus.tokenizer_folder, cache_dir, progress=progress)
+        else:
+            found[name] = prepare_chat(path, corpus.tokenizer_folder, cache_dir)
+        found[name].check_vocabulary(config.model.vocab_size)
+    return found
+
+
+def open_data(
+    config: Config, corpus: PreparedCorpus, chats: Mapping[str, PreparedChat], stages: Sequence[Stage]
+) -> tuple[dict[str, TrainStream | ChatStream], ValidationSet, dict[str, ChatValidation]]:
+    """Training samples of each stage, the corpus' held-out samples, and held-out conversations of stages with chat."""
+    document_mask = config.data.document_mask is DocumentMask.boundary
+    mask_token_id = config.objective.mask_token_id
+    stream = TrainStream(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        mask_token_id=mask_token_id,
+        cache_dir=Path(config.data.cache_dir),
+        document_mask=document_mask,
+    )
+    validation = ValidationSet(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        num_samples=config.train.validation_samples,
+        mask_token_id=mask_token_id,
+        document_mask=document_mask,
+    )
+    sources: dict[str, TrainStream | ChatStream] = {stage.name: stream for stage in stages}
+    validations: dict[str, ChatValidation] = {}
+    for stage in stages:
+        if stage.name not in chats:
+            continue
+        chat, num_samples = chats[stage.name], stage.config.chat_validation_samples
+        fraction = stage.config.chat_validation_fraction
+        sources[stage.name] = ChatStream(
+            chat,
+            sequence_length=stage.sequence_length,
+            seed=config.run.seed,
+            mask_token_id=mask_token_id,
+            first_position=stage.first_chat_position,
+            validation_fraction=fraction if num_samples else 0.0,
+        )
+        if num_samples:
+            validations[stage.name] = ChatValidation(
+                chat,
+                sequence_length=stage.sequence_length,
+                num_samples=num_samples,
+                mask_token_id=mask_token_id,
+                validation_fraction=fraction,
+            )
+    return sources, validation, validations
 
 
 def wrap_data_parallel(

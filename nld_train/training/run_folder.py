@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
 from nld_train.config.compose import to_dict
 from nld_train.config.schema import Config
+from nld_train.data.chat import PreparedChat
 from nld_train.data.prepared import TRAIN, PreparedCorpus
 from nld_train.errors import ConfigError, DataError, Problem
 from nld_train.training.stages import Stage, stage_of_step
@@ -22,9 +24,20 @@ _FIXED_ON_RESUME = (
     "data.corpus",
     "data.sequence_length",
     "data.validation_fraction",
+    "data.document_mask",
     "train.global_batch_size",
     "train.precision",
 )
+_FIXED_IN_A_STAGE = (
+    "chat",
+    "chat_validation_samples",
+    "chat_validation_fraction",
+    "ar_loss_weight",
+    "sequence_length",
+    "global_batch_size",
+)
+# Of a stage that is over: what its steps and the samples they took are counted by.
+_FIXED_AFTER_A_STAGE = ("tokens", "chat", "sequence_length", "global_batch_size")
 _FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
 
 
@@ -142,17 +155,31 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
             )
         for stage in stages[: current_stage.index]:
             if stage.name in saved["stages"]:
-                compare(f"stages.{stage.name}.tokens", saved["stages"][stage.name]["tokens"], stage.config.tokens)
+                for field in _FIXED_AFTER_A_STAGE:
+                    name = f"stages.{stage.name}.{field}"
+                    compare(name, saved["stages"][stage.name][field], getattr(stage.config, field))
+        if current_stage.name in saved["stages"]:
+            for field in _FIXED_IN_A_STAGE:
+                name = f"stages.{current_stage.name}.{field}"
+                compare(name, saved["stages"][current_stage.name][field], getattr(current_stage.config, field))
     if problems:
         raise ConfigError(problems)
 
 
-def check_same_corpus(info: CheckpointInfo, corpus: PreparedCorpus, checkpoint: Path) -> None:
-    """Refuse to resume on other training tokens than the checkpoint saw.
+def check_same_data(
+    info: CheckpointInfo, corpus: PreparedCorpus, chats: Mapping[str, PreparedChat], checkpoint: Path
+) -> None:
+    """Refuse to resume on other training tokens, or in the middle of a stage on other conversations, than before.
 
     Raises:
-        DataError: the corpus has changed (the shipped one does with the version of Python).
+        DataError: the corpus has changed (the shipped one does with the version of Python), or a stage's conversations.
     """
+    if info.stage in chats and info.chat_hashes.get(info.stage) != chats[info.stage].content_hash:
+        raise DataError(
+            f"stages.{info.stage}.chat",
+            f"{chats[info.stage].manifest.source} has changed (or its tokenizer) since {checkpoint} was written",
+            "resume with the run's conversations, or use another run.dir",
+        )
     found = corpus.part_hash(TRAIN)
     if info.corpus_hash != found:
         raise DataError(

@@ -22,7 +22,10 @@ class Stage:
         config: objective weight, length and learning rate.
         first_step: first step of the stage, counted from 1 over the whole run.
         num_steps: steps of the stage, at least 1.
-        tokens_per_step: clean tokens of one step, global_batch_size * sequence_length.
+        sequence_length: L of its samples.
+        global_batch_size: samples of one step.
+        tokens_before: clean tokens of the stages before it.
+        samples_before: samples of the stages before it that read the same data: the corpus, or this stage's own.
     """
 
     index: int
@@ -30,7 +33,15 @@ class Stage:
     config: StageConfig
     first_step: int
     num_steps: int
-    tokens_per_step: int
+    sequence_length: int
+    global_batch_size: int
+    tokens_before: int
+    samples_before: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Clean tokens of one step."""
+        return self.global_batch_size * self.sequence_length
 
     @property
     def last_step(self) -> int:
@@ -52,6 +63,21 @@ class Stage:
         if not self.first_step <= step <= self.last_step:
             raise ValueError(f"step {step} is not in stage {self.name} ({self.first_step}..{self.last_step})")
         return step - self.first_step + 1
+
+    def tokens_at(self, step: int) -> int:
+        """Clean tokens consumed since the start of the run, after ``step`` of this stage."""
+        return self.tokens_before + self.step_in_stage(step) * self.tokens_per_step
+
+    def consumed_samples(self, step: int) -> int:
+        """Samples of this stage's data read before ``step`` of this stage."""
+        return self.samples_before + (self.step_in_stage(step) - 1) * self.global_batch_size
+
+    @property
+    def first_chat_position(self) -> int:
+        """Stream position of the stage's first conversation sample: far from the corpus' and from other stages', and
+        the first of a global batch."""
+        position = (1 << 61) + (self.index << 48)
+        return position - position % self.global_batch_size
 
     def info(self) -> StageInfo:
         """The stage as callbacks see it."""
@@ -82,22 +108,27 @@ def plan_stages(config: Config) -> tuple[Stage, ...]:
     ]
     if problems:
         raise ConfigError(problems)
-    tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     stages: list[Stage] = []
-    first_step = 1
+    first_step, tokens_before, corpus_samples = 1, 0, 0
     for index, (name, stage) in enumerate(config.stages.items()):
-        num_steps = -(-stage.tokens // tokens_per_step)
-        stages.append(
-            Stage(
-                index=index,
-                name=name,
-                config=stage,
-                first_step=first_step,
-                num_steps=num_steps,
-                tokens_per_step=tokens_per_step,
-            )
+        sequence_length = stage.sequence_length or config.data.sequence_length
+        global_batch_size = stage.global_batch_size or config.train.global_batch_size
+        planned = Stage(
+            index=index,
+            name=name,
+            config=stage,
+            first_step=first_step,
+            num_steps=-(-stage.tokens // (global_batch_size * sequence_length)),
+            sequence_length=sequence_length,
+            global_batch_size=global_batch_size,
+            tokens_before=tokens_before,
+            samples_before=0 if stage.chat is not None else corpus_samples,
         )
-        first_step += num_steps
+        stages.append(planned)
+        first_step += planned.num_steps
+        tokens_before += planned.tokens
+        if stage.chat is None:
+            corpus_samples += planned.num_steps * global_batch_size
     return tuple(stages)
 
 
@@ -111,3 +142,8 @@ def stage_of_step(stages: Sequence[Stage], step: int) -> Stage:
         if stage.first_step <= step <= stage.last_step:
             return stage
     raise ValueError(f"the run has steps 1..{stages[-1].last_step}, not {step}")
+
+
+def tokens_at(stages: Sequence[Stage], step: int) -> int:
+    """Clean tokens consumed since the start of the run, after ``step``; 0 before the first."""
+    return stage_of_step(stages, step).tokens_at(step) if step else 0

@@ -14,13 +14,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from nld_train.config.schema import ObjectiveConfig
 from nld_train.data.loader import LoaderBatch
 from nld_train.model.head import WeightedRows, select_weighted_rows
 from nld_train.objective.losses import LossTerms, loss_terms
-from nld_train.objective.normalize import num_tokens
+from nld_train.objective.noise import NoiseSpec
+from nld_train.objective.normalize import num_tokens, row_weights
 from nld_train.objective.sequence import JointBatch, build_joint_batch
 
 
@@ -31,24 +33,66 @@ class StepShape:
     Args:
         num_microbatches: per data-parallel rank.
         micro_batch_size: B.
-        num_rows: S, rows of the model's input (2L in a joint stage).
+        num_rows: S, rows of the model's input (2L in a joint stage with whole noisy halves); None: micro-batches
+            differ, and pipeline stages tell each other.
     """
 
     num_microbatches: int
     micro_batch_size: int
-    num_rows: int
+    num_rows: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWeights:
+    """Factors of the two terms: L = ar * L_AR + diffusion * L_diff."""
+
+    ar: float = 1.0
+    diffusion: float
+
+
+def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int) -> NoiseSpec:
+    """How a stage's noisy rows are made.
+
+    Args:
+        seed: of the run.
+        global_batch_size: samples of a step, over which ``stratify: batch`` spreads the noise levels.
+    """
+    return NoiseSpec(
+        mask_token_id=objective.mask_token_id,
+        eps=objective.eps,
+        seed=seed,
+        block_size=objective.block_size,
+        sampler=objective.sampler.value,
+        stratify=objective.stratify.value,
+        shared_noise_level=objective.shared_noise_level,
+        complementary=objective.complementary,
+        noisy_fraction=objective.noisy_fraction,
+        half_life_ratio=objective.half_life_ratio,
+        global_batch_size=global_batch_size,
+    )
 
 
 def _loss_function(
-    batch: JointBatch, selected: WeightedRows, normalization: str, output: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Last pipeline stage: (weighted loss sum, this micro-batch's share of the divisor, sums as a vector)."""
-    loss_sum, row_losses = output
+    batch: JointBatch, selected: WeightedRows, normalization: str, output: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, LossTerms]:
+    """Last pipeline stage: (weighted loss sum, this micro-batch's share of the divisor, sums and counts)."""
+    loss_sum, row_losses, row_is_correct = output
     num_sequences, num_rows = batch.tokens.shape
-    losses = torch.zeros(num_rows * num_sequences, dtype=row_losses.dtype, device=row_losses.device)
-    losses.index_copy_(0, selected.rows, row_losses)
-    terms = loss_terms(losses.view(num_rows, num_sequences).t(), batch)
-    return loss_sum, num_tokens(batch, normalization), terms.to_vector()
+
+    def of_all_rows(values: Tensor) -> Tensor:
+        """[R] of the selected rows -> [B, S], zero elsewhere."""
+        rows = values.new_zeros(num_rows * num_sequences)
+        return rows.index_copy_(0, selected.rows, values).view(num_rows, num_sequences).t()
+
+    divisor = num_tokens(batch, normalization)
+    terms = loss_terms(
+        of_all_rows(row_losses),
+        of_all_rows(row_is_correct),
+        batch,
+        loss_sum=(row_losses.to(torch.float64) * selected.weights).sum(),  # in float64, unlike what backward starts at
+        divisor=divisor,
+    )
+    return loss_sum, divisor, terms
 
 
 def forward_step(
@@ -56,33 +100,43 @@ def forward_step(
     model: DistributedDataParallel,
     *,
     objective: ObjectiveConfig,
-    diffusion_loss_weight: float,
+    weights: LossWeights,
     device: torch.device,
-) -> tuple[Any, partial[tuple[Tensor, Tensor, Tensor]]]:
+) -> tuple[Any, partial[tuple[Tensor, Tensor, LossTerms]]]:
     """One micro-batch: read it, lay it out, run the model; what the schedule calls."""
     sample = next(data)
-    batch = build_joint_batch(sample.tokens, sample.labels, sample.loss_mask, sample.corruption, objective.block_size)
+    batch = build_joint_batch(
+        sample.tokens,
+        sample.labels,
+        sample.loss_mask,
+        sample.corruption,
+        objective.block_size,
+        is_supervised=sample.is_supervised,
+        document_starts=sample.document_starts,
+    )
+    normalization = objective.normalization.value
     # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
-    selected = select_weighted_rows(batch, diffusion_loss_weight).to(device)
+    selected = select_weighted_rows(batch, row_weights(batch, normalization, weights.diffusion, weights.ar)).to(device)
     batch = batch.to(device)
     output = model(batch.tokens, batch.layout, selected)
-    return output, partial(_loss_function, batch, selected, objective.normalization.value)
+    return output, partial(_loss_function, batch, selected, normalization)
 
 
-def _reduce_terms(collected: list[Tensor], device: torch.device) -> LossTerms:
-    """Sum over micro-batches and data-parallel ranks; the same on every rank afterwards."""
-    total = LossTerms.zeros(device).to_vector()
-    for terms in collected:
-        total += terms
+def reduce_terms(terms: LossTerms) -> LossTerms:
+    """Sum over data-parallel ranks; the same on every rank afterwards. Collective."""
+    vector, largest_weight = terms.to_vector(), terms.largest_weight.clone()
     if parallel_state.is_pipeline_last_stage():
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(vector, group=group)
+        dist.all_reduce(largest_weight, op=dist.ReduceOp.MAX, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            total,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return LossTerms.from_vector(total)
+        for tensor in (vector, largest_weight):
+            dist.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+    return LossTerms.from_vector(vector, largest_weight)
 
 
 def run_microbatches(
@@ -91,7 +145,7 @@ def run_microbatches(
     shape: StepShape,
     *,
     objective: ObjectiveConfig,
-    diffusion_loss_weight: float,
+    weights: LossWeights,
     device: torch.device,
     forward_only: bool = False,
 ) -> LossTerms:
@@ -100,20 +154,23 @@ def run_microbatches(
     After it returns, ``main_grad`` holds d(sum of losses)/d(parameter) divided once by the global number of tokens.
 
     Returns:
-        the sums over the global batch, equal on every rank.
+        the sums over this rank's micro-batches (zero but on the last pipeline stage); :func:`reduce_terms` adds up the
+        ranks, where somebody wants to read them.
     """
-    collected: list[Tensor] = get_forward_backward_func()(
+    config = get_model_config(model)
+    config.variable_seq_lengths = shape.num_rows is None
+    collected: list[LossTerms] = get_forward_backward_func()(
         forward_step_func=partial(
             forward_step,
             objective=objective,
-            diffusion_loss_weight=diffusion_loss_weight,
+            weights=weights,
             device=device,
         ),
         data_iterator=data,
         model=model,
         num_microbatches=shape.num_microbatches,
-        seq_length=shape.num_rows,
+        seq_length=shape.num_rows or 0,  # not read where lengths vary
         micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
-    return _reduce_terms(collected, device)
+    return sum(collected, start=LossTerms.zeros(device))

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,33 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager
 from nld_train.config.compose import to_dict
-from nld_train.config.schema import Config
-from nld_train.data.dataset import TrainStream, ValidationSet
+from nld_train.config.schema import Config, DocumentMask, ObjectiveConfig, Sampler, Stratify
+from nld_train.data.dataset import SampleSource, SizedSource, ValidationSet
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.data.prepared import TRAIN, PreparedCorpus
 from nld_train.errors import TrainingError
-from nld_train.objective.noise import NoiseSpec
-from nld_train.objective.normalize import means
+from nld_train.objective.losses import LossTerms
+from nld_train.objective.noise import NoiseSpec, num_noisy_rows
+from nld_train.objective.normalize import means, shares
 from nld_train.platform.topology import Topology
 from nld_train.training.callbacks.base import Callback
 from nld_train.training.metrics import StepClock, step_record, validation_record
-from nld_train.training.optimizer import reset_moments, set_hyperparameters, step_with_norm
+from nld_train.training.optimizer import gradient_norm, reset_moments, set_hyperparameters, step_with_norm
 from nld_train.training.schedule import learning_rate
-from nld_train.training.stages import Stage
-from nld_train.training.step import StepShape, run_microbatches
+from nld_train.training.stages import Stage, tokens_at
+from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
 
 VALIDATION_SEED = 0x76616C  # validation noise is the same in every run, stage and step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepResult:
+    """Of one step: this rank's sums, learning rate, gradient norm before clipping, and norms of the single terms."""
+
+    terms: LossTerms
+    lr: float
+    grad_norm: float
+    term_norms: dict[str, float]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,11 +55,13 @@ class Trainer:
         stages: the run's stages.
         model: Megatron's data-parallel wrapper of this rank's part of the model.
         optimizer: Megatron's distributed optimizer.
-        stream: training samples, addressed by their place in the stream.
-        validation: held-out samples.
+        sources: training samples of each stage, by its name.
+        validation: held-out samples of the corpus.
+        chat_validations: held-out conversations of each stage with chat, by its name.
         manager: writes the checkpoints.
         callbacks: listeners; nobody on every rank but 0.
         corpus: its tokenizer and content are remembered in checkpoints.
+        chat_hashes: content of the conversations of each stage with chat, remembered, too.
         start_step: steps already done.
     """
 
@@ -57,18 +71,19 @@ class Trainer:
     stages: Sequence[Stage]
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
-    stream: TrainStream
+    sources: Mapping[str, SampleSource]
     validation: ValidationSet
+    chat_validations: Mapping[str, SizedSource]
     manager: CheckpointManager
     callbacks: Callback
     corpus: PreparedCorpus
+    chat_hashes: Mapping[str, str]
     start_step: int = 0
 
     def train(self) -> Path | None:
         """Run all remaining steps. Returns the last checkpoint written here (None when nothing was left to do)."""
         newest: Path | None = None
-        tokens_per_step = self.stages[0].tokens_per_step
-        clock = StepClock(self.start_step, self.start_step * tokens_per_step)
+        clock = StepClock(self.start_step, tokens_at(self.stages, self.start_step))
         saved_at = time.monotonic()
         final_step = self.stages[-1].last_step
         for stage in self.stages:
@@ -81,102 +96,144 @@ class Trainer:
             with clock.paused():
                 data = iter(self._train_loader(stage, first))
             for step in range(first, stage.last_step + 1):
-                record = self._step(stage, step, data)
-                if step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step):
-                    lap = clock.lap(step, step * tokens_per_step)
-                    self.callbacks.on_step(step_record(lap=lap, **record))
-                self._check_finite(record)
+                result = self._step(stage, step, data)
+                logs = step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step)
+                saves = step == final_step or self._saves_at(step, saved_at)
+                record = self._record(stage, step, result) if logs or saves else {}
+                if logs:
+                    self.callbacks.on_step(step_record(lap=clock.lap(step, stage.tokens_at(step)), **record))
+                self._check_finite(step, result.grad_norm)
                 with clock.paused():
                     if self._validates_at(stage, step):
                         self.callbacks.on_validation(self._validate(stage, step))
-                    if step == final_step or self._saves_at(step, saved_at):
+                    if saves:
                         newest = self._save(stage, step, record)
                         saved_at = time.monotonic()
         return newest
 
     def _train_loader(self, stage: Stage, first_step: int) -> TrainLoader:
-        train = self.config.train
         return TrainLoader(
-            self.stream,
-            micro_batch_size=train.micro_batch_size,
-            global_batch_size=train.global_batch_size,
+            self.sources[stage.name],
+            micro_batch_size=self.config.train.micro_batch_size,
+            global_batch_size=stage.global_batch_size,
             data_parallel_rank=self.topology.data_parallel_rank,
             data_parallel_size=self.topology.data_parallel_size,
-            consumed_samples=(first_step - 1) * train.global_batch_size,
+            consumed_samples=stage.consumed_samples(first_step),
             num_steps=stage.last_step - first_step + 1,
-            noise=self._noise(self.config.run.seed) if stage.is_joint else None,
+            noise=self._noise(stage) if stage.is_joint else None,
             num_workers=self.config.data.num_workers,
         )
 
-    def _noise(self, seed: int) -> NoiseSpec:
-        objective = self.config.objective
-        return NoiseSpec(mask_token_id=objective.mask_token_id, eps=objective.eps, seed=seed)
+    def _noise(self, stage: Stage) -> NoiseSpec:
+        return noise_spec(self.config.objective, seed=self.config.run.seed, global_batch_size=stage.global_batch_size)
 
-    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch]) -> dict[str, Any]:
-        """One optimizer step; returns the fields of its record that are not times."""
+    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch]) -> "_StepResult":
+        """One optimizer step."""
         train = self.config.train
+        num_microbatches = stage.global_batch_size // (train.micro_batch_size * self.topology.data_parallel_size)
+        has_chat = stage.config.chat is not None
+        has_documents = has_chat or self.config.data.document_mask is DocumentMask.boundary
+        noisy_rows: int | None = 0
+        if stage.is_joint:
+            noisy_rows = num_noisy_rows(
+                self._noise(stage), stage.sequence_length, has_documents=has_documents, has_gaps=has_chat
+            )
+        shape = StepShape(
+            num_microbatches=num_microbatches,
+            micro_batch_size=train.micro_batch_size,
+            num_rows=None if noisy_rows is None else noisy_rows + stage.sequence_length,
+        )
+        weights = LossWeights(ar=stage.config.ar_loss_weight, diffusion=stage.config.diffusion_loss_weight)
+        term_norms: dict[str, float] = {}
+        if stage.is_joint and train.term_norm_interval and step % train.term_norm_interval == 0:
+            batches = list(islice(data, num_microbatches))
+            for name, alone in (("ar", replace(weights, diffusion=0.0)), ("diffusion", replace(weights, ar=0.0))):
+                self._accumulate(iter(batches), shape, alone)
+                term_norms[f"{name}_grad_norm"] = gradient_norm(self.optimizer)
+            data = iter(batches)
         lr = learning_rate(stage.step_in_stage(step), stage.num_steps, stage.config)
         set_hyperparameters(self.optimizer, self.config.optim, lr)
+        terms = self._accumulate(data, shape, weights)
+        grad_norm = step_with_norm(self.optimizer, self.config.optim)
+        return _StepResult(terms=terms, lr=lr, grad_norm=grad_norm, term_norms=term_norms)
+
+    def _accumulate(self, data: Iterator[LoaderBatch], shape: StepShape, weights: LossWeights) -> LossTerms:
+        """Gradients of one global batch, from zero."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        shape = StepShape(
-            num_microbatches=train.global_batch_size // (train.micro_batch_size * self.topology.data_parallel_size),
-            micro_batch_size=train.micro_batch_size,
-            num_rows=self.config.data.sequence_length * (2 if stage.is_joint else 1),
+        return run_microbatches(
+            data, self.model, shape, objective=self.config.objective, weights=weights, device=self.device
         )
-        terms = run_microbatches(
-            data,
-            self.model,
-            shape,
-            objective=self.config.objective,
-            diffusion_loss_weight=stage.config.diffusion_loss_weight,
-            device=self.device,
-        )
-        grad_norm = step_with_norm(self.optimizer, self.config.optim)
+
+    def _record(self, stage: Stage, step: int, result: "_StepResult") -> dict[str, Any]:
+        """The fields of a step's record that are not times. Collective: sums are reduced over ranks here."""
+        terms = reduce_terms(result.terms)
+        ar_loss_weight = stage.config.ar_loss_weight
         return {
             "step": step,
             "stage": stage.name,
-            "tokens": step * stage.tokens_per_step,
-            "means": means(terms, self.config.objective.normalization.value, stage.config.diffusion_loss_weight),
-            "lr": lr,
-            "grad_norm": grad_norm,
+            "tokens": stage.tokens_at(step),
+            "means": means(terms, stage.config.diffusion_loss_weight, ar_loss_weight)
+            | shares(terms, ar_loss_weight)
+            | result.term_norms,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
         }
 
-    def _check_finite(self, record: dict[str, Any]) -> None:
+    def _check_finite(self, step: int, grad_norm: float) -> None:
         """Stop before a checkpoint of a model that is lost replaces the last good one.
 
+        A loss that is not finite has gradients that are not.
+
         Raises:
-            TrainingError: loss or gradient norm is not a finite number (the same on every rank).
+            TrainingError: the gradient norm is not a finite number (the same on every rank).
         """
-        for name, value in (("loss", record["means"]["loss"]), ("grad_norm", record["grad_norm"])):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"{self.config.run.dir}, step {record['step']}",
-                    f"{name} is {value}; nothing was saved since the last checkpoint",
-                    "lower the stage's lr or check the data, then start again: the last checkpoint is from before",
-                )
+        if not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"{self.config.run.dir}, step {step}",
+                f"grad_norm is {grad_norm}; nothing was saved since the last checkpoint",
+                "lower the stage's lr or check the data, then start again: the last checkpoint is from before",
+            )
 
     def _validates_at(self, stage: Stage, step: int) -> bool:
         interval = self.config.train.validation_interval
         return step in (stage.first_step, stage.last_step) or step % interval == 0
 
-    def _validation_micro_batch_size(self) -> int:
-        """The largest size up to training's that cuts this rank's share of the validation samples evenly."""
-        share = len(self.validation) // self.topology.data_parallel_size
-        return max(size for size in range(1, self.config.train.micro_batch_size + 1) if share % size == 0)
+    def _validate(self, stage: Stage, step: int) -> dict[str, Any]:
+        """Both losses on held-out samples, on noise that never changes, in every stage and with every sampler."""
+        values = self._validation_means(self.validation, self.config.data.sequence_length)
+        if stage.name in self.chat_validations:
+            chat = self._validation_means(self.chat_validations[stage.name], stage.sequence_length)
+            values |= {f"chat_{name}": value for name, value in chat.items()}
+        return validation_record(step=step, stage=stage.name, tokens=stage.tokens_at(step), means=values)
 
     @torch.no_grad()
-    def _validate(self, stage: Stage, step: int) -> dict[str, Any]:
-        """Both losses on the held-out samples, on noise that never changes, in every stage."""
-        micro_batch_size = self._validation_micro_batch_size()
+    def _validation_means(self, samples: SizedSource, sequence_length: int) -> dict[str, float | None]:
+        """AR and diffusion loss of all samples. The noise is the estimator with the least variance of those that
+        estimate the recipe's loss, whatever the training objective is: curves of all runs can be compared."""
+        share = len(samples) // self.topology.data_parallel_size
+        # The largest size up to training's that cuts this rank's share evenly.
+        sizes = range(1, self.config.train.micro_batch_size + 1)
+        micro_batch_size = max(size for size in sizes if share % size == 0)
+        objective = self.config.objective
         loader = TrainLoader(
-            self.validation,
+            samples,
             micro_batch_size=micro_batch_size,
-            global_batch_size=len(self.validation),
+            global_batch_size=len(samples),
             data_parallel_rank=self.topology.data_parallel_rank,
             data_parallel_size=self.topology.data_parallel_size,
             num_steps=1,
-            noise=self._noise(VALIDATION_SEED),
+            noise=noise_spec(
+                ObjectiveConfig(
+                    block_size=objective.block_size,
+                    mask_token_id=objective.mask_token_id,
+                    sampler=Sampler.uniform_count,
+                    stratify=Stratify.batch,
+                    noisy_fraction=1.0,
+                ),
+                seed=VALIDATION_SEED,
+                global_batch_size=len(samples),
+            ),
         )
         self.model.eval()
         terms = run_microbatches(
@@ -185,21 +242,16 @@ class Trainer:
             StepShape(
                 num_microbatches=loader.num_micro_batches,
                 micro_batch_size=micro_batch_size,
-                num_rows=2 * self.config.data.sequence_length,
+                num_rows=None,
             ),
-            objective=self.config.objective,
-            diffusion_loss_weight=1.0,  # only the sums are read; they do not depend on it
+            objective=objective,
+            weights=LossWeights(diffusion=1.0),  # only the sums are read; they do not depend on it
             device=self.device,
             forward_only=True,
         )
         self.model.train()
-        values = means(terms, "tokens", diffusion_loss_weight=1.0)
-        return validation_record(
-            step=step,
-            stage=stage.name,
-            tokens=step * stage.tokens_per_step,
-            means={"ar_loss": values["ar_loss"], "diffusion_loss": values["diffusion_loss"]},
-        )
+        values = means(reduce_terms(terms), diffusion_loss_weight=1.0)
+        return {"ar_loss": values["ar_loss"], "diffusion_loss": values["diffusion_loss"]}
 
     def _saves_at(self, step: int, saved_at: float) -> bool:
         """Due by steps, or by rank 0's clock (the same answer on every rank)."""
@@ -217,9 +269,9 @@ class Trainer:
         parallel = self.config.parallel
         info = CheckpointInfo(
             step=step,
-            tokens=step * stage.tokens_per_step,
+            tokens=stage.tokens_at(step),
             stage=stage.name,
-            samples=step * self.config.train.global_batch_size,
+            samples=stage.consumed_samples(step) + stage.global_batch_size,
             dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
             model=self.config.model,
             parallel={
@@ -232,6 +284,7 @@ class Trainer:
             metrics={**record["means"], "lr": record["lr"], "grad_norm": record["grad_norm"]},
             tokenizer="../../tokenizer",  # of the run's folder, which may be moved as a whole
             corpus_hash=self.corpus.part_hash(TRAIN),
+            chat_hashes=dict(self.chat_hashes),
         )
         folder = self.manager.save(self.model, self.optimizer, info)
         self.callbacks.on_checkpoint(step, folder)

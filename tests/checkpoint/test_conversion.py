@@ -45,7 +45,7 @@ from nld_train.platform.topology import Topology
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
 from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import StepShape, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, reduce_terms, run_microbatches
 
 ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(
@@ -260,11 +260,11 @@ def load_whole(
         wrapped,
         StepShape(num_microbatches=4 // topology.data_parallel_size, micro_batch_size=1, num_rows=64),
         objective=case.objective,
-        diffusion_loss_weight=case.diffusion_loss_weight,
+        weights=LossWeights(diffusion=case.diffusion_loss_weight),
         device=platform.device,
     )
     parameters = whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
-    return parameters, terms.to_vector()
+    return parameters, reduce_terms(terms).to_vector()
 
 
 MODEL_TP = tiny_model(hidden_size=50, ffn_hidden_size=70)

@@ -30,7 +30,7 @@ from nld_train.testing.reference import transformers_model
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import StepShape, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, run_microbatches
 
 LENGTH = 32
 
@@ -84,7 +84,7 @@ def train_case(
             wrapped,
             StepShape(num_microbatches=4 // topology.data_parallel_size, micro_batch_size=1, num_rows=2 * LENGTH),
             objective=case.objective,
-            diffusion_loss_weight=0.3,
+            weights=LossWeights(diffusion=0.3),
             device=platform.device,
         )
         set_hyperparameters(optimizer, case.optim, 1e-3)

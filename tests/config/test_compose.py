@@ -68,7 +68,7 @@ def test_stages_are_added_and_removed():
         ("~stages.foo", "stages.foo", "ar, joint"),
         ("zzz.qqq=1", "zzz.qqq", "--help"),
         ("experiment=nld_8B", "experiment", "did you mean experiment=nld_8b?"),
-        ("objective=recipe", "objective", "objective=megatron_bridge, objective=nld_recipe"),
+        ("objective=recipe", "objective", "objective=default, objective=megatron_bridge, objective=nld_recipe"),
         ("model=null", "model", "model=ministral3_tiny"),
         ("+stage@stages.x=jiont", "stage", "did you mean stage=joint?"),
         ("stage@stages.x=joint", "stage@stages.x=joint", "+stage@stages.x=joint"),

@@ -31,6 +31,8 @@ def test_every_file_composes(file: Path, tmp_path: Path):
     if group == "stage":
         choice = f"+stage@stages.extra={option}"
         extra = ["stages.extra.tokens=1", "stages.extra.lr=1e-3", "stages.extra.min_lr=0"]
+        if option == "sft":
+            extra.append("stages.extra.chat=stdlib_chat")
     elif group == "parallel":
         world_size = written.tensor_model_parallel_size * written.pipeline_model_parallel_size
         extra = ["model.num_attention_heads=8", "model.num_key_value_heads=8"]
@@ -121,3 +123,44 @@ def test_an_experiment_leaves_the_groups_to_the_command_line():
     assert config.model.num_layers == 4
     assert config.parallel.tensor_model_parallel_size == 1
     assert config.stages["ar"].tokens == 10**12
+
+
+ABLATIONS = sorted(path.stem for path in (CONFIG_DIR / "experiment" / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if name not in ("base", "estimators")])
+def test_every_ablation_composes_and_sees_as_many_tokens(name: str):
+    config = compose([f"experiment=ablation/{name}"], world_size=1)
+    assert config.run.dir.startswith("runs/ablation/")
+    if name != "ar_base":
+        assert sum(stage.tokens for stage in config.stages.values()) == 614_400
+    assert config.objective.noisy_fraction == 1.0
+    assert config.objective.sampler is Sampler.bernoulli
+
+
+def test_ablation_rows_change_one_thing_each():
+    """Table 1 of the report, row by row."""
+    names = ("ar_loss", "block", "global_averaging", "two_stage", "varying_ratios")
+    rows = {name: compose([f"experiment=ablation/{name}"], world_size=1) for name in names}
+    block, averaged, varying = rows["block"], rows["global_averaging"], rows["varying_ratios"]
+    two_stage, recipe = rows["two_stage"], rows["ar_loss"]
+    assert (block.objective.normalization, averaged.objective.normalization) == (
+        Normalization.sequence,
+        Normalization.tokens,
+    )
+    assert [row.objective.shared_noise_level for row in (block, averaged, varying)] == [True, True, False]
+    assert [list(row.stages) for row in (block, averaged, varying, two_stage, recipe)] == [
+        ["joint"],
+        ["joint"],
+        ["joint"],
+        ["ar", "joint"],
+        ["ar", "joint"],
+    ]
+    weights = [(row.stages["joint"].ar_loss_weight, row.stages["joint"].diffusion_loss_weight) for row in rows.values()]
+    assert weights == [(1.0, 0.3), (0.0, 1.0), (0.0, 1.0), (0.0, 1.0), (0.0, 1.0)]
+
+
+def test_the_supervised_stage_has_the_recipes_rates():
+    config = compose(["+stage@stages.sft=sft", "stages.sft.chat=stdlib_chat", "stages.sft.tokens=1000"])
+    stage = config.stages["sft"]
+    assert (stage.lr, stage.min_lr, stage.diffusion_loss_weight) == (2.5e-6, 2.5e-7, 0.3)

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from nld_train.config.compose import compose
-from nld_train.config.schema import AttentionBackend, Config, Device
-from nld_train.config.validate import nearest, validate
+from nld_train.config.schema import (
+    AttentionBackend,
+    Config,
+    Device,
+    DocumentMask,
+    Normalization,
+    Sampler,
+    Stratify,
+)
+from nld_train.config.validate import nearest, notices, validate
 from nld_train.errors import ConfigError, Problem
 
 
@@ -73,6 +81,15 @@ BAD_VALUES = [
     ("objective.mask_token_id", 4096),
     ("objective.mask_token_id", 100),
     ("objective.eps", 0.0),
+    ("objective.noisy_fraction", 0.0),
+    ("objective.noisy_fraction", 1.5),
+    ("objective.half_life_ratio", 0.0),
+    ("train.term_norm_interval", -1),
+    ("stages.joint.ar_loss_weight", -1.0),
+    ("stages.joint.sequence_length", 128),
+    ("stages.joint.global_batch_size", 4),
+    ("stages.joint.chat_validation_samples", -1),
+    ("stages.joint.chat_validation_fraction", 1.0),
     ("objective.eps", 1.0),
     ("objective.eps", NAN),
     ("objective.diffusion_loss_weight", -0.3),
@@ -267,3 +284,74 @@ def test_stages_exist_and_have_plain_names(tiny: Config):
 
 def test_nearest():
     assert [nearest(value, [1, 2, 4, 8]) for value in (-3, 0, 3, 5, 6, 7, 100)] == [1, 1, 2, 4, 4, 8, 8]
+
+
+def test_samplers_that_do_not_go_together_are_refused(tiny: Config):
+    pair = changed(tiny, objective__complementary=True, objective__sampler=Sampler.position_weighted)
+    assert "position_weighted" in at(validate(pair, world_size=1), "objective.complementary").message
+    shared = changed(tiny, objective__shared_noise_level=True, objective__sampler=Sampler.power_count)
+    assert "power_count" in at(validate(shared, world_size=1), "objective.shared_noise_level").message
+    spread = changed(
+        tiny,
+        objective__shared_noise_level=True,
+        objective__sampler=Sampler.bernoulli,
+        objective__stratify=Stratify.batch,
+    )
+    assert "batch" in at(validate(spread, world_size=1), "objective.stratify").message
+
+
+def test_other_divisors_with_other_estimators_are_spoken_of(tiny: Config):
+    recipe = changed(
+        tiny,
+        objective__sampler=Sampler.bernoulli,
+        objective__noisy_fraction=1.0,
+        objective__normalization=Normalization.contributing,
+    )
+    assert notices(recipe) == []
+    [line] = notices(changed(recipe, objective__noisy_fraction=0.5))
+    assert "contributing" in line
+    assert "objective.noisy_fraction=0.5" in line
+    assert notices(changed(recipe, objective__noisy_fraction=0.5, objective__normalization=Normalization.tokens)) == []
+    assert "loss of its own" in notices(changed(recipe, objective__sampler=Sampler.position_weighted))[-1]
+
+
+def test_blocks_need_not_divide_a_sequence_of_documents(tiny: Config):
+    config = changed(tiny, objective__block_size=17)
+    assert at(validate(config, world_size=1), "objective.block_size")
+    assert validate(changed(config, data__document_mask=DocumentMask.boundary), world_size=1) == []
+
+
+def test_a_stage_with_conversations_has_its_own_shape(tiny: Config, tmp_path: Path):
+    chat = changed(tiny, stages__joint__chat="stdlib_chat", stages__joint__sequence_length=512)
+    assert validate(chat, world_size=1) == []
+    uneven = changed(chat, stages__joint__global_batch_size=6)
+    assert "stages.joint.global_batch_size=6" in at(validate(uneven, world_size=1), "train.micro_batch_size").message
+    missing = changed(chat, stages__joint__chat=str(tmp_path / "none.jsonl"))
+    assert "is not a file" in at(validate(missing, world_size=1), "stages.joint.chat").message
+    samples = changed(chat, stages__joint__chat_validation_samples=3)
+    assert at(validate(samples, world_size=2), "stages.joint.chat_validation_samples")
+    long = changed(chat, stages__joint__sequence_length=10**6)
+    assert "max_position_embeddings" in at(validate(long, world_size=1), "stages.joint.sequence_length").message
+
+
+def test_two_copies_need_probabilities_on_both_sides(tiny: Config):
+    config = changed(tiny, objective__eps=0.6)
+    assert validate(config, world_size=1) == []
+    config = changed(config, objective__complementary=True)
+    assert "1 - eps" in at(validate(config, world_size=1), "objective.eps").message
+
+
+def test_norms_of_terms_that_no_record_would_show_are_refused(tiny: Config):
+    config = changed(tiny, train__log_interval=10, train__term_norm_interval=25)
+    assert "train.term_norm_interval=30" in at(validate(config, world_size=1), "train.term_norm_interval").remedy
+    assert validate(changed(config, train__term_norm_interval=30), world_size=1) == []
+
+
+def test_a_stage_without_conversations_holds_none_out(tiny: Config):
+    config = changed(tiny, stages__joint__chat_validation_samples=2)
+    assert "no conversations" in at(validate(config, world_size=1), "stages.joint.chat_validation_samples").message
+
+
+def test_a_stage_without_any_loss_is_refused(tiny: Config):
+    config = changed(tiny, stages__ar__ar_loss_weight=0.0)
+    assert "no loss is left" in at(validate(config, world_size=1), "stages.ar.ar_loss_weight").message

@@ -59,6 +59,8 @@ def test_samples_are_the_obvious_ones(corpus: PreparedCorpus, tmp_path: Path) ->
         assert sample["labels"].tolist() == labels
         assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
         assert sample["loss_mask"].tolist() == [1.0] * L
+        assert sample["is_supervised"].tolist() == [True] * L
+        assert sample["document_starts"] is None
         assert sample["stream_position"] == index
 
 
@@ -208,6 +210,69 @@ def test_wrong_tokens_are_never_handed_out(
     bad = 0 if place == 0 else 1
     with pytest.raises(DataError, match=rf"validation\.bin: sample {bad} .*{message}"):
         validation[bad]
+
+
+def _reference_documents(tokens: list[int]) -> tuple[list[int], list[float]]:
+    """document_starts and loss_mask, token by token."""
+    starts, loss_mask = [], []
+    start = 0
+    for place, token in enumerate(tokens):
+        starts.append(start)
+        loss_mask.append(0.0 if token == EOS else 1.0)
+        if token == EOS:
+            start = place + 1
+    return starts, loss_mask
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts", "loss_mask"),
+    [
+        ([5, 6, EOS, 7, 8, EOS, 9, 9], [0, 0, 0, 3, 3, 3, 6, 6], [1, 1, 0, 1, 1, 0, 1, 1]),
+        ([5, 6, 7, 8, 9, 9, 9, EOS], [0] * 8, [1, 1, 1, 1, 1, 1, 1, 0]),  # ends with the sequence
+        ([EOS, 6, 7, 8, 9, 9, 9, 9], [0, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1]),  # one token of it is left
+        ([5, EOS, EOS, 8, 9, 9, EOS, EOS], [0, 0, 2, 3, 3, 3, 3, 7], [1, 0, 0, 1, 1, 1, 0, 0]),  # empty documents
+        ([5, 6, 7, 8, 9, 9, 9, 9], [0] * 8, [1] * 8),  # inside of one document
+    ],
+)
+def test_documents_by_hand(
+    write_corpus: WriteCorpus, tmp_path: Path, tokens: list[int], starts: list[int], loss_mask: list[int]
+) -> None:
+    assert _reference_documents(tokens) == (starts, loss_mask)
+    # The labels reach one token into what follows: the beginning of another document, if the last token ends one.
+    corpus = write_corpus([[*tokens, 11]], validation=[[*tokens, 11]])
+    stream = TrainStream(corpus, sequence_length=8, seed=0, mask_token_id=MASK, cache_dir=tmp_path, document_mask=True)
+    validation = ValidationSet(corpus, sequence_length=8, num_samples=1, mask_token_id=MASK, document_mask=True)
+    for sample in (stream[0], validation[0]):
+        assert sample["tokens"].tolist() == tokens
+        assert sample["labels"].tolist() == [*tokens[1:], 11]
+        assert sample["document_starts"] is not None
+        assert sample["document_starts"].dtype == torch.int64
+        assert sample["document_starts"].tolist() == starts
+        assert sample["loss_mask"].dtype == torch.float32
+        assert sample["loss_mask"].tolist() == loss_mask
+        assert sample["is_supervised"].dtype == torch.bool
+        assert sample["is_supervised"].all()
+
+
+def test_documents_of_a_corpus(corpus: PreparedCorpus, tmp_path: Path) -> None:
+    """Documents change what is said about a sample, never its tokens, and sequences begin in the middle of some."""
+    plain = _stream(corpus, tmp_path)
+    stream = TrainStream(
+        corpus, sequence_length=L, seed=SEED, mask_token_id=MASK, cache_dir=tmp_path, document_mask=True
+    )
+    num_documents = 0
+    for index in range(2 * stream.samples_per_epoch):
+        sample, other = stream[index], plain[index]
+        for key in ("tokens", "labels", "is_supervised"):
+            assert torch.equal(sample[key], other[key])
+        assert sample["stream_position"] == other["stream_position"] == index
+        assert other["document_starts"] is None
+        assert other["loss_mask"].tolist() == [1.0] * L
+        starts, loss_mask = _reference_documents(sample["tokens"].tolist())
+        assert sample["document_starts"] is not None
+        assert (sample["document_starts"].tolist(), sample["loss_mask"].tolist()) == (starts, loss_mask)
+        num_documents += len(set(starts)) - 1
+    assert num_documents > 20
 
 
 def test_negative_sample_is_refused(corpus: PreparedCorpus, tmp_path: Path) -> None:

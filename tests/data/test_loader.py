@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ from nld_train.data.dataset import SampleSource, TrainStream, ValidationSet
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.data.prepared import PreparedCorpus
 from nld_train.errors import ConfigError, DataError
-from nld_train.objective.noise import NoiseSpec, corrupt
+from nld_train.objective.noise import Corruption, NoiseSpec, corrupt
 
 L = 32
 G = 8
 MASK = 3
-NOISE = NoiseSpec(mask_token_id=MASK, eps=1e-3, seed=11)
+NOISE = NoiseSpec(mask_token_id=MASK, eps=1e-3, seed=11, block_size=8)
+SPREAD = replace(
+    NOISE, sampler="power_count", stratify="batch", complementary=True, noisy_fraction=0.5, global_batch_size=G
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +35,10 @@ def _rows(batch: LoaderBatch) -> list[tuple[object, ...]]:
     """Everything about each sample, comparable."""
     rows = []
     for j, position in enumerate(batch.stream_positions.tolist()):
-        fields = [batch.tokens[j], batch.labels[j], batch.loss_mask[j]]
+        values = [batch.tokens[j], batch.labels[j], batch.loss_mask[j], batch.is_supervised[j]]
         if batch.corruption is not None:
-            fields += [batch.corruption.noisy_tokens[j], batch.corruption.is_noised[j], batch.corruption.p_mask[j]]
-        rows.append((position, *((field.dtype, field.numpy().tobytes()) for field in fields)))
+            values += [getattr(batch.corruption, item.name)[j] for item in fields(Corruption)]
+        rows.append((position, *((value.dtype, value.numpy().tobytes()) for value in values)))
     return rows
 
 
@@ -76,21 +80,24 @@ def test_batches_are_the_streams_samples_with_their_own_noise(stream: TrainStrea
             assert torch.equal(batch.labels[j], sample["labels"])
             assert torch.equal(batch.loss_mask[j], sample["loss_mask"])
             alone = corrupt(sample["tokens"][None], torch.tensor([position]), NOISE)
-            assert torch.equal(batch.corruption.noisy_tokens[j], alone.noisy_tokens[0])
-            assert torch.equal(batch.corruption.is_noised[j], alone.is_noised[0])
-            assert torch.equal(batch.corruption.p_mask[j], alone.p_mask[0])
-    noised = torch.cat([batch.corruption.is_noised for batch in batches if batch.corruption is not None])
-    assert noised.any()
-    assert not noised.all()
+            for item in fields(Corruption):
+                assert torch.equal(getattr(batch.corruption, item.name)[j], getattr(alone, item.name)[0]), item.name
+    weights = torch.cat([batch.corruption.weights for batch in batches if batch.corruption is not None])
+    assert (weights > 0).any()
+    assert (weights == 0).any()
 
 
 @pytest.mark.parametrize("mbs", [1, 2, 4])
 @pytest.mark.parametrize("dp", [1, 2])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_steps_do_not_depend_on_how_they_are_cut(stream: TrainStream, mbs: int, dp: int, num_workers: int) -> None:
+@pytest.mark.parametrize("noise", [NOISE, SPREAD], ids=["recipe", "all_options"])
+def test_steps_do_not_depend_on_how_they_are_cut(
+    stream: TrainStream, mbs: int, dp: int, num_workers: int, noise: NoiseSpec
+) -> None:
     start = stream.samples_per_epoch - 11  # across an end of an epoch
-    reference = _steps(stream, 3, mbs=G, consumed_samples=start)
-    assert _steps(stream, 3, mbs=mbs, dp=dp, num_workers=num_workers, consumed_samples=start) == reference
+    reference = _steps(stream, 3, mbs=G, consumed_samples=start, noise=noise)
+    found = _steps(stream, 3, mbs=mbs, dp=dp, num_workers=num_workers, consumed_samples=start, noise=noise)
+    assert found == reference
     assert [row[0] for step in reference for row in step] == list(range(start, start + 3 * G))
 
 

@@ -331,7 +331,7 @@ def test_large_files_are_still_checked_by_structure(write_corpus: WriteCorpus, m
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 1', '"format_version": 7', "format_version is 7"),
+        ('"format_version": 2', '"format_version": 7', "format_version is 7"),
         ('"eos_token_id"', '"eos"', "not a manifest .*eos"),
         ('"train.bin"', '"other.bin"', r"says nothing of train\.bin"),
         ("{", "", "cannot be read"),

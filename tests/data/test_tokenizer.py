@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -82,6 +83,26 @@ def test_folder_loads_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> N
         loaded(POISON, split_special_tokens=True)["input_ids"]
         == next(encode_documents(tokenizer, [POISON], eos_token_id=2)).tolist()[:-1]
     )
+
+
+def test_chat_template_of_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " abc\n"},
+        {"role": "assistant", "content": "def"},
+        {"role": "user", "content": "ghi"},
+    ]
+    text = "<s>system\nBe brief.</s><s>user\nabc</s><s>assistant\ndef</s><s>user\nghi</s>"
+    assert loaded.apply_chat_template(messages, tokenize=False) == text
+    prompt = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == text + "<s>assistant\n"
+    encoded = loaded.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    marked = [id_ for id_, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    assert marked == [*tokenizer.encode("def").ids, EOS_TOKEN_ID]
+    with pytest.raises(TemplateError, match="unknown role tool"):
+        loaded.apply_chat_template([{"role": "tool", "content": "1"}])
 
 
 @pytest.mark.parametrize(("vocab_size", "message"), [(MIN_VOCAB_SIZE - 1, "too small"), (100_000, "has merges for")])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nld_train.config.schema import ObjectiveConfig, ParallelConfig
+from nld_train.config.schema import ParallelConfig
 from nld_train.testing.ranks import RankPool
-from nld_train.testing.steps import StepCase, StepResult, run_step, tiny_model
+from nld_train.testing.steps import StepCase, StepResult, run_step, tiny_model, tiny_recipe
 
-OBJECTIVE = ObjectiveConfig(block_size=8, mask_token_id=3)
+OBJECTIVE = tiny_recipe(block_size=8)
 LAYOUTS = {
     "dp2": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2),

@@ -154,6 +154,14 @@ def test_config_fields_of_3b(model_3b: ModelConfig) -> None:
     assert {key: found.get(key, "absent") for key in FIELDS_OF_3B} == FIELDS_OF_3B
 
 
+def test_config_fields_say_what_the_run_did(model_3b: ModelConfig) -> None:
+    info = info_of(model_3b)
+    info.config["objective"] = {"shared_noise_level": True}
+    info.config["stages"] = {info.stage: {"ar_loss_weight": 0.0}}
+    found = hf_config(info, torch.bfloat16)
+    assert (found["ar_loss_weight"], found["dp_varying_mask_ratio"]) == (0.0, False)
+
+
 def test_the_folder_holds_the_files_of_the_format(exported: Path) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert set(FIELDS_OF_3B) <= set(config)

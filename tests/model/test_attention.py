@@ -1,9 +1,12 @@
 """Attention backends against a softmax written out, in values and gradients; what a changed token may change."""
 
+import gc
 import inspect
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nld_train.config.schema import AttentionBackend, RopeConfig
 from nld_train.errors import ConfigError
+from nld_train.model import attention as attention_module
 from nld_train.model.attention import (
     JointAttention,
     causal_attention,
@@ -26,7 +30,8 @@ from nld_train.model.attention import (
 )
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.noise import Corruption
+from nld_train.objective.sequence import SequenceLayout, build_joint_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -201,9 +206,12 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
     assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
 
 
-def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32():
+@pytest.mark.parametrize("has_table", [False, True])
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(has_table: bool):
     """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
+    if has_table:
+        layout = table_layout(32, [[1024]], [blocks_of([1024], 32)])
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
     expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
@@ -219,6 +227,227 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32():
     assert max(ours[0] / dense[0], ours[1] / dense[1]) < 1.42
     # Eight chunks add to a key's gradient. Summed in bf16 it would be 1.2.
     assert max(ours[2] / dense[2], ours[3] / dense[3]) < 1.0
+
+
+# ------------------------------------------------------------------------------------------------- layouts with a table
+
+
+def table_layout(block_size: int, documents: list[list[int]], noisy: list[list[range]] | None) -> SequenceLayout:
+    """By way of build_joint_batch, per sequence: the lengths of its documents, the places of its noisy blocks."""
+    starts = torch.tensor([[sum(d[:i]) for i, n in enumerate(d) for _ in range(n)] for d in documents])
+    corruption = None
+    if noisy is not None:
+        rows = [[(place, number) for number, block in enumerate(blocks) for place in block] for blocks in noisy]
+        num_rows = max(len(of_sequence) for of_sequence in rows)
+        padded = torch.tensor([r + [(-1, -1)] * (num_rows - len(r)) for r in rows], dtype=torch.int64)
+        places, blocks = padded.view(len(rows), num_rows, 2).unbind(2)
+        corruption = Corruption(
+            noisy_tokens=torch.zeros_like(places),
+            places=places,
+            blocks=blocks,
+            weights=torch.zeros(places.shape, dtype=torch.float64),
+            mask_ratios=torch.zeros(places.shape),
+            sequence_ratios=torch.zeros(len(rows), dtype=torch.float64),
+        )
+    tokens = torch.zeros_like(starts)
+    return build_joint_batch(tokens, tokens, tokens.bool(), corruption, block_size, document_starts=starts).layout
+
+
+def blocks_of(lengths: list[int], block_size: int) -> list[range]:
+    """All blocks of a sequence of documents; they start anew at each."""
+    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [
+        range(start, min(start + block_size, stop))
+        for length, stop in zip(lengths, stops, strict=True)
+        for start in range(stop - length, stop, block_size)
+    ]
+
+
+def masked_written_out(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """The reference, with 0 on padding rows."""
+    return written_out(query, key, value, layout) * ~is_padding(layout)
+
+
+def is_padding(layout: SequenceLayout) -> Tensor:
+    assert layout.table is not None
+    return (layout.table.blocks < -1)[:, None, :, None]
+
+
+def assert_table_equals_written_out(
+    attention: Attention,
+    layout: SequenceLayout,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    heads: int = 4,
+    kv_heads: int = 2,
+) -> None:
+    """Values and gradients; the dense kernel lets padding rows see themselves, so it gets no gradient there."""
+    assert layout.table is not None
+    inputs = make_inputs(layout, len(layout.table.blocks), heads, kv_heads, 8, dtype=dtype, seed=seed)
+    if attention is dense_attention:
+        inputs = (*inputs[:3], inputs[3] * ~is_padding(layout))
+    out, *gradients = run(attention, inputs, layout)
+    if attention is dense_attention:
+        out = out * ~is_padding(layout)
+    exact = tuple(x.detach().to(torch.float64).requires_grad_() for x in inputs)
+    expected = run(masked_written_out, (*exact[:3], exact[3].detach()), layout)
+    for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), [out, *gradients], expected, strict=True):
+        assert a.dtype == dtype
+        error = ((a.double() - b).norm() / (b.norm() + 1)).item()  # rows with one key: the query's gradient is 0
+        assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+DOCUMENTS = [[37, 1, 58, 23, 41], [160]]  # L = 160
+BLOCKS = [blocks_of(lengths, 16) for lengths in DOCUMENTS]
+TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
+    "three documents": ([[37, 58, 65]], [blocks_of([37, 58, 65], 16)]),
+    "rho 0.5, padding": (DOCUMENTS, [blocks[::2] for blocks in BLOCKS]),
+    "rho 0.25": ([[160], [160]], [BLOCKS[1][1::4], BLOCKS[1][::4]]),
+    "complementary": (DOCUMENTS, [blocks * 2 for blocks in BLOCKS]),
+    "one copy twice": (DOCUMENTS, [blocks + blocks[1::3] for blocks in BLOCKS]),
+    "last blocks": (DOCUMENTS, [blocks[-2:] for blocks in BLOCKS]),
+    "nothing noisy in one": (DOCUMENTS, [[], BLOCKS[1]]),
+    "one-token documents": ([[1] * 40, [1] * 20 + [20]], [blocks_of([1] * 40, 16), [range(20, 36)]]),
+    "no noisy rows": (DOCUMENTS, None),
+    "no noisy rows, one-token documents": ([[1] * 7 + [30, 3]], None),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk_rows", [8, 48, 128])  # less than a block, no divisor of L
+@pytest.mark.parametrize("name", TABLE_LAYOUTS)
+def test_chunked_attention_under_a_table(
+    name: str, chunk_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention_module, "CHUNK_ROWS", chunk_rows)
+    assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", TABLE_LAYOUTS)
+def test_dense_attention_under_a_table(name: str):
+    assert_table_equals_written_out(dense_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.float64)
+
+
+def test_groups_are_split_among_threads(monkeypatch: pytest.MonkeyPatch):
+    """One key-value head and more threads: its queries come in 2, then in 4 parts, then 8 threads for 6 of them."""
+    monkeypatch.setattr(attention_module, "CHUNK_ROWS", 32)
+    layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
+    for num_threads, heads in ((2, 4), (3, 4), (8, 6)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        for dtype in (torch.float64, torch.bfloat16):
+            assert_table_equals_written_out(chunked_attention, layout, dtype=dtype, heads=heads, kv_heads=1)
+
+
+def test_random_tables(monkeypatch: pytest.MonkeyPatch):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
+    for _ in range(40):
+        monkeypatch.setattr(attention_module, "CHUNK_ROWS", rng.choice([1, 3, 16, 50]))
+        length, block_size = rng.randint(2, 120), rng.choice([1, 2, 7, 16, 60])
+        documents, noisy = [], []
+        for _ in range(rng.randint(1, 3)):
+            cuts = sorted({0, length, *rng.choices(range(length), k=rng.choice([0, 1, 4, 60]))})
+            documents.append([stop - start for start, stop in pairwise(cuts)])
+            share = rng.choice([0.1, 0.5, 1.0])
+            noisy.append([
+                block for _ in range(rng.choice([1, 2])) for block in blocks_of(documents[-1], block_size)
+                if rng.random() < share
+            ])  # fmt: skip
+        layout = table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
+        print(documents, noisy, block_size, attention_module.CHUNK_ROWS)
+        kv_heads = rng.randint(1, 2)
+        assert_table_equals_written_out(
+            chunked_attention,
+            layout,
+            dtype=torch.float64,
+            seed=rng.randrange(2**32),
+            heads=kv_heads * rng.randint(1, 3),
+            kv_heads=kv_heads,
+        )
+
+
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+def test_a_plain_layout_written_as_a_table_equals_the_plain_path(attention: Attention, has_noisy_half: bool):
+    plain = SequenceLayout(320, 32, has_noisy_half)
+    table = table_layout(32, [[320]] * 2, [blocks_of([320], 32)] * 2 if has_noisy_half else None)
+    assert table.table is not None
+    assert table.num_rows == plain.num_rows
+    inputs = make_inputs(plain, 2, 4, 2, 8, dtype=torch.float64)
+    expected = run(attention if has_noisy_half else dense_attention, inputs, plain)
+    assert_close(run(attention, inputs, table), expected, torch.float64)
+
+
+@pytest.mark.parametrize("is_noisy", [True, False])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+def test_packed_documents_are_the_documents_alone(
+    attention: Attention, is_noisy: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention_module, "CHUNK_ROWS", 32)
+    lengths = [45, 70, 21]
+    packed = table_layout(16, [lengths], [blocks_of(lengths, 16)] if is_noisy else None)
+    inputs = make_inputs(packed, 1, 4, 2, 8, dtype=torch.float64)
+    together = run(attention, inputs, packed)
+    for number, length in enumerate(lengths):
+        alone = table_layout(16, [[length]], [blocks_of([length], 16)] if is_noisy else None)
+        start = sum(lengths[:number])
+        rows = [*range(start, start + length)]
+        if is_noisy:
+            rows += range(sum(lengths) + start, sum(lengths) + start + length)
+        own = tuple(x.detach()[:, :, rows].requires_grad_() for x in inputs)
+        expected = run(attention, (*own[:3], own[3].detach()), alone)
+        assert_close([x[:, :, rows] for x in together], expected, torch.float64)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_padding_rows_touch_nothing(poison: float):
+    layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
+    padding = is_padding(layout)
+    assert padding.any()
+    inputs = make_inputs(layout, 2, 4, 2, 8, dtype=torch.float64)
+    clean = run(chunked_attention, inputs, layout)
+    poisoned = tuple(x.detach().masked_fill(padding, poison).requires_grad_() for x in inputs)
+    for a, b in zip(run(chunked_attention, (*poisoned[:3], poisoned[3].detach()), layout), clean, strict=True):
+        assert torch.equal(a, b)
+        assert (a.masked_select(padding) == 0).all()
+
+
+def test_chunks_cover_what_they_should():
+    """A long run of clean tokens is one causal chunk; no chunk goes on over a document that began before it."""
+    layout = table_layout(32, [[700, 68]], [[range(640, 672), range(672, 700)]])
+    plan = attention_module._chunk_plan(layout, 128)
+    found = [(chunk.document_start, chunk.start, chunk.stop, chunk.is_causal) for chunk in plan.chunks]
+    assert found == [(0, 0, 640, True), (0, 640, 700, False), (700, 700, 768, True)]
+    layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
+    chunks = attention_module._chunk_plan(layout, 128).chunks
+    assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
+        (0, 0, 100), (100, 100, 228), (100, 228, 300),
+    ]  # fmt: skip
+    assert not any(chunk.is_causal for chunk in chunks)
+
+
+def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
+    layout = table_layout(16, *TABLE_LAYOUTS["complementary"])
+    plan = attention_module._chunk_plan(layout, 128)
+    assert attention_module._chunk_plan(layout, 128) is plan
+    run(chunked_attention, make_inputs(layout, 2, 4, 2, 8, dtype=torch.float32), layout)
+    assert layout.table is not None
+    held = [weakref.ref(x) for x in (plan.rows, layout.table.end_keys)]
+    del plan, layout
+    gc.collect()
+    assert [x() for x in held] == [None] * 2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["rho 0.5, padding", "complementary", "no noisy rows"])
+def test_flex_forward_under_a_table_equals_the_dense_one(name: str):
+    layout = table_layout(16, *TABLE_LAYOUTS[name])
+    query, key, value, _ = (x.detach() for x in make_inputs(layout, 2, 4, 2, 16, dtype=torch.float32))
+    actual = joint_attention(query, key, value, layout, AttentionBackend.flex)
+    expected = joint_attention(query, key, value, layout, AttentionBackend.dense)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 # ---------------------------------------------------------------------------------------------------- who sees whom
@@ -336,10 +565,29 @@ def test_module_rotates_scales_and_attends(backend: AttentionBackend, has_noisy_
         assert (a - b).norm() < 1e-6 * b.norm()
 
 
-@pytest.mark.parametrize("has_noisy_half", [True, False])
-def test_recomputing_the_attention_gives_the_same_gradients(has_noisy_half: bool):
+@pytest.mark.parametrize("backend", [AttentionBackend.auto, AttentionBackend.dense])
+def test_module_rotates_each_document_from_its_beginning(backend: AttentionBackend):
+    """Packed documents are the documents alone, positions and query scale included."""
+    lengths = [70, 90]
+    layout = table_layout(32, [lengths] * 2, [blocks_of(lengths, 32)] * 2)
+    module = make_module(backend)
+    query, key, value = module_inputs(layout)
+    together = module(query, key, value, None, attention_bias=layout)
+    for start, length in ((0, 70), (70, 90)):
+        rows = [*range(start, start + length), *range(160 + start, 160 + start + length)]
+        alone = table_layout(32, [[length]] * 2, [blocks_of([length], 32)] * 2)
+        expected = module(query[rows], key[rows], value[rows], None, attention_bias=alone)
+        assert (together[rows] - expected).norm() < 1e-12 * expected.norm()
+    assert together.shape == (320, 2, 32)
+    assert together.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["joint", "causal", "table"])
+def test_recomputing_the_attention_gives_the_same_gradients(kind: str):
     """As Megatron's recomputation does: tensors as arguments, the layout by closure."""
-    layout = SequenceLayout(160, 32, has_noisy_half)
+    layout = SequenceLayout(160, 32, has_noisy_half=kind == "joint")
+    if kind == "table":
+        layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
     module = make_module()
     inputs = module_inputs(layout)
 

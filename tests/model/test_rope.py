@@ -1,7 +1,9 @@
 """Rotary tables and query scaling, bit for bit against transformers' Ministral3."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers.models.ministral3.modeling_ministral3 import (
 
 from nld_train.config.schema import RopeConfig
 from nld_train.model.rope import RotaryEmbedding
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.sequence import RowTable, SequenceLayout
 
 CPU = torch.device("cpu")
 
@@ -116,6 +118,63 @@ def test_apply_equals_transformers_in_values_and_gradients(dtype: torch.dtype, h
     for a, b in zip(actual, reference, strict=True):
         assert_same_bits(a, b)
     assert all(x.is_contiguous() for x in rotated)
+
+
+def layout_at(position_ids: torch.Tensor, length: int) -> SequenceLayout:
+    """Only the positions matter here."""
+    unused = [torch.zeros_like(position_ids) for _ in range(3)]
+    table = RowTable(position_ids, *unused)
+    return SequenceLayout(length, 4, has_noisy_half=position_ids.shape[1] > length, table=table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_of_a_table_turn_as_rows_of_a_plain_layout_at_the_same_positions(dtype: torch.dtype):
+    """Bit for bit, gradients too, with the steps of the query scale at multiples of 8."""
+    rotary = RotaryEmbedding(RopeConfig(original_max_position_embeddings=8, mscale=0.5), 16)
+    generator = torch.Generator().manual_seed(0)
+    length, num_rows = 24, 31
+    positions = torch.randint(length, (3, num_rows), generator=generator)
+    query, key = (
+        torch.randn(num_rows, 3, heads, 16, generator=generator).to(dtype).requires_grad_() for heads in (4, 2)
+    )
+    grads = [torch.randn(x.shape, generator=generator).to(dtype) for x in (query, key)]
+    layout = layout_at(positions, length)
+    rotated = rotary.apply(query, key, layout)
+    actual = [*rotated, *torch.autograd.grad(rotated, (query, key), grads)]
+    assert all(x.is_contiguous() for x in rotated)
+
+    plain = SequenceLayout(length, 4, has_noisy_half=False)
+    for row in range(num_rows):
+        for sequence in range(3):
+            place = positions[sequence, row]
+
+            def alone(x: torch.Tensor, place=place, row=row, sequence=sequence) -> torch.Tensor:
+                """[L, 1, heads, D] with the row at its position."""
+                return torch.zeros(length, 1, *x.shape[2:], dtype=x.dtype).index_copy(
+                    0, place[None], x[row, None, sequence, None]
+                )
+
+            rows = [alone(x.detach()).requires_grad_() for x in (query, key)]
+            expected = list(rotary.apply(rows[0], rows[1], plain))
+            expected += torch.autograd.grad(expected, rows, [alone(x) for x in grads])
+            for a, b in zip(actual, expected, strict=True):
+                assert_same_bits(a[row, sequence], b[place, 0])
+
+
+def test_tables_of_rows_are_gathered_once_and_freed_with_their_positions():
+    rotary = RotaryEmbedding(RopeConfig(), 8)
+    with torch.inference_mode():
+        layout = layout_at(torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]]), 8)
+        assert layout.table is not None
+        tables = rotary.row_tables(layout.table, 8, torch.float32)
+    assert not tables.cos.is_inference()
+    assert rotary.row_tables(layout.table, 8, torch.float32) is tables
+    assert rotary.row_tables(layout.table, 8, torch.bfloat16) is not tables
+    assert tables.query_scale is None
+    held = [weakref.ref(x) for x in (tables.cos, layout.table.position_ids)]
+    del tables, layout
+    gc.collect()
+    assert [x() for x in held] == [None] * 2
 
 
 def test_apply_takes_strided_slices_of_a_fused_projection():

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from nld_train.checkpoint.weight_map import MINISTRAL3_FORM, weight_rules
-from nld_train.config.schema import ObjectiveConfig, ParallelConfig
-from nld_train.objective.noise import NoiseSpec, corrupt
+from nld_train.config.schema import ParallelConfig
+from nld_train.objective.noise import corrupt
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.reference import dense_logits, joint_loss, reference_mask, transformers_model
-from nld_train.testing.steps import StepCase, StepResult, run_logits, run_step, tiny_model
+from nld_train.testing.steps import StepCase, StepResult, run_logits, run_step, tiny_model, tiny_recipe
+from nld_train.training.step import noise_spec
 
 NUM_SEQUENCES, LENGTH, BLOCK = 4, 32, 4  # 128 tokens: a power of two, so 1/N is exact in Megatron's fp32 factor
-OBJECTIVE = ObjectiveConfig(block_size=BLOCK, mask_token_id=3)
+OBJECTIVE = tiny_recipe(block_size=BLOCK)
 
 
 def random_samples(num_sequences: int = NUM_SEQUENCES, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
@@ -31,15 +32,14 @@ def test_joint_step_equals_transformers(one_rank: RankPool, dtype: torch.dtype, 
     found: StepResult = one_rank.run(run_step, case, ParallelConfig())
 
     tokens, labels = samples[:, :-1], samples[:, 1:]
-    noise = corrupt(tokens, torch.arange(NUM_SEQUENCES), NoiseSpec(mask_token_id=3, eps=OBJECTIVE.eps, seed=case.seed))
+    noise = corrupt(tokens, torch.arange(NUM_SEQUENCES), noise_spec(OBJECTIVE, seed=case.seed, global_batch_size=4))
     reference = transformers_model(case.model, found.parameters, dtype)
     loss = joint_loss(
         reference,
         tokens,
         labels,
         noise.noisy_tokens,
-        noise.is_noised,
-        noise.p_mask,
+        noise.weights,
         block_size=BLOCK,
         diffusion_loss_weight=0.3,
         divisor=tokens.numel(),
@@ -65,7 +65,7 @@ def test_joint_logits_equal_transformers_and_halves_are_independent(one_rank: Ra
     """AR logits with and without the noisy half; what a changed clean or noisy token may change, and what not."""
     samples = random_samples(2)
     clean = samples[:, :-1]
-    noise = corrupt(clean, torch.arange(2), NoiseSpec(mask_token_id=3, eps=1e-3, seed=5))
+    noise = corrupt(clean, torch.arange(2), noise_spec(OBJECTIVE, seed=5, global_batch_size=2))
     case = StepCase(samples=samples, objective=OBJECTIVE)
 
     def logits(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
@@ -119,15 +119,16 @@ def test_an_ar_step_is_the_ar_part_of_a_joint_step(one_rank: RankPool) -> None:
     assert relative_error(embedding, reference.model.embed_tokens.weight.grad) < 1e-9
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "contributing"])
+@pytest.mark.parametrize("normalization", ["tokens", "contributing", "sequence"])
 def test_global_averaging(one_rank: RankPool, two_ranks: RankPool, normalization: str) -> None:
     """1 rank x 4 micro-batches, 2 ranks x 2, 2 ranks x 1 of twice the size: the same gradients."""
     from nld_train.config.schema import Normalization
 
-    objective = ObjectiveConfig(block_size=BLOCK, mask_token_id=3, normalization=Normalization(normalization))
+    objective = tiny_recipe(block_size=BLOCK, normalization=Normalization(normalization))
     samples = random_samples()
     seed = 7
-    shares = corrupt(samples[:, :-1], torch.arange(4), NoiseSpec(mask_token_id=3, eps=1e-3, seed=seed)).is_noised.sum(1)
+    noise = corrupt(samples[:, :-1], torch.arange(4), noise_spec(objective, seed=seed, global_batch_size=4))
+    shares = (noise.weights > 0).sum(1)
     assert shares.max() > 2 * shares.min(), f"masked counts must differ strongly: {shares.tolist()}"
     layouts = [(one_rank, 1), (two_ranks, 1), (two_ranks, 2)]
     results: list[StepResult] = [

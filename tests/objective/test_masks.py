@@ -1,10 +1,15 @@
 """The block mask: against its drawing, against the table written as loops, and in its three forms."""
 
+import gc
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
 
-from nld_train.objective.masks import block_mask_function, dense_block_mask, flex_block_mask
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.masks import block_mask_function, cached_by_layout, dense_block_mask, flex_block_mask
+from nld_train.objective.noise import Corruption
+from nld_train.objective.sequence import SequenceLayout, build_joint_batch
 
 CPU = torch.device("cpu")
 
@@ -23,18 +28,124 @@ def may_attend(query_row: int, key_row: int, length: int, block_size: int) -> bo
     return key_position <= query_position
 
 
-def drawing() -> torch.Tensor:
-    """bool [16, 16]: the picture in the docstring of block_mask_function."""
+def drawing(size: int) -> torch.Tensor:
+    """bool [size, size]: the picture with so many rows in the docstring of block_mask_function."""
     lines = (block_mask_function.__doc__ or "").splitlines()
     rows = ["".join(line.split()[2:]) for line in lines if line.split()[:1] in (["noisy"], ["clean"])]
-    picture = [row for row in rows if set(row) <= set("#.") and row]
+    picture = [row for row in rows if set(row) <= set("#.") and len(row) == size]
     return torch.tensor([[mark == "#" for mark in row] for row in picture])
 
 
 def test_mask_is_the_one_drawn_in_its_docstring():
-    picture = drawing()
+    picture = drawing(16)
     assert picture.shape == (16, 16)
     assert torch.equal(dense_block_mask(SequenceLayout(8, 4, has_noisy_half=True), CPU), picture)
+
+
+def test_mask_of_a_table_is_the_one_drawn_in_its_docstring():
+    """The second sequence has a noisy row more, which makes the first's last row padding."""
+    first, second = [range(2, 4), range(4, 5), range(7, 8)], [range(2), range(2, 4), range(4, 5)]
+    layout = table_layout(2, [[5, 3], [5, 3]], [first, second])
+    mask = dense_block_mask(layout, CPU)
+    assert mask.shape == (2, 1, 13, 13)
+    assert torch.equal(mask[0, 0], drawing(13))
+
+
+def table_layout(block_size: int, documents: list[list[int]], noisy: list[list[range]] | None) -> SequenceLayout:
+    """By way of build_joint_batch, per sequence: the lengths of its documents, the places of its noisy blocks."""
+    starts = torch.tensor([[sum(d[:i]) for i, n in enumerate(d) for _ in range(n)] for d in documents])
+    corruption = None
+    if noisy is not None:
+        rows = [[(place, number) for number, block in enumerate(blocks) for place in block] for blocks in noisy]
+        num_rows = max(len(of_sequence) for of_sequence in rows)
+        padded = torch.tensor([r + [(-1, -1)] * (num_rows - len(r)) for r in rows], dtype=torch.int64)
+        places, blocks = padded.view(len(rows), num_rows, 2).unbind(2)
+        corruption = Corruption(
+            noisy_tokens=torch.zeros_like(places),
+            places=places,
+            blocks=blocks,
+            weights=torch.zeros(places.shape, dtype=torch.float64),
+            mask_ratios=torch.zeros(places.shape),
+            sequence_ratios=torch.zeros(len(rows), dtype=torch.float64),
+        )
+    tokens = torch.zeros_like(starts)
+    return build_joint_batch(tokens, tokens, tokens.bool(), corruption, block_size, document_starts=starts).layout
+
+
+TABLES = [  # block size, documents, noisy blocks
+    (2, [[5, 3]], [[range(2, 4), range(4, 5), range(7, 8)]]),
+    (4, [[7, 1, 1, 11], [20]], [[range(4), range(7, 8), range(9, 13)], [range(16, 20)]]),  # second: padding
+    (3, [[9], [4, 5]], [[range(3), range(6, 9)] * 2, [range(3), range(3, 4)]]),  # two copies
+    (3, [[9], [4, 5]], [[], [range(3)]]),
+    (4, [[6, 4], [10]], None),
+]
+
+
+@pytest.mark.parametrize(("block_size", "documents", "noisy"), TABLES)
+def test_mask_of_a_table_equals_the_rule_written_as_loops(block_size, documents, noisy):
+    """From the documents and blocks themselves, not from the table that is built of them."""
+    layout = table_layout(block_size, documents, noisy)
+    mask = dense_block_mask(layout, CPU)
+    num_noisy, length = layout.num_noisy_rows, layout.clean_length
+    expected = torch.zeros(len(documents), 1, layout.num_rows, layout.num_rows, dtype=torch.bool)
+    for sequence, lengths in enumerate(documents):
+        bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        document = [number for number, (start, stop) in enumerate(pairwise(bounds)) for _ in range(start, stop)]
+        blocks = [(block, place) for block in (noisy[sequence] if noisy else []) for place in block]
+        numbers = [n for n, block in enumerate(noisy[sequence] if noisy else []) for _ in block]
+        for row in range(layout.num_rows):
+            for column in range(layout.num_rows):
+                if row < num_noisy and row >= len(blocks):
+                    allowed = row == column
+                elif row < num_noisy and column < num_noisy:
+                    allowed = column < len(blocks) and numbers[row] == numbers[column]
+                elif row < num_noisy:
+                    block, place = blocks[row]
+                    allowed = document[place] == document[column - num_noisy] and column - num_noisy < block[0]
+                else:
+                    same = column >= num_noisy and document[row - num_noisy] == document[column - num_noisy]
+                    allowed = same and column <= row
+                expected[sequence, 0, row, column] = allowed
+    assert length == sum(documents[0])
+    assert torch.equal(mask, expected)
+    assert mask.any(dim=-1).all()
+
+
+def test_flex_mask_of_a_table_covers_exactly_the_tiles_with_an_allowed_pair():
+    blocks = [range(start, min(start + 32, 200)) for start in range(0, 200, 32)]
+    layout = table_layout(32, [[200, 120], [320]], [blocks, blocks[2:4]])
+    dense = dense_block_mask(layout, CPU)
+    padding = -layout.num_rows % 128
+    padded = torch.nn.functional.pad(dense, (0, padding, 0, padding))
+    tiles = padded.unflatten(2, (-1, 128)).unflatten(4, (-1, 128)).any(dim=5).any(dim=3)
+    block_mask = flex_block_mask(layout, CPU)
+    assert torch.equal(block_mask.to_dense().bool(), tiles)
+    rows, head = torch.arange(layout.num_rows), torch.zeros((), dtype=torch.int64)
+    sequences = torch.arange(2)[:, None, None]
+    assert torch.equal(block_mask.mask_mod(sequences, head, rows[:, None], rows[None, :]), dense[:, 0])
+
+
+@pytest.mark.parametrize("build", [dense_block_mask, flex_block_mask])
+def test_masks_of_a_table_are_shared_by_layers_and_freed_with_it(build):
+    layout = table_layout(4, [[20]], [[range(4)]])
+    mask = build(layout, CPU)
+    assert build(layout, CPU) is mask
+    assert build(table_layout(4, [[20]], [[range(4)]]), CPU) is not mask
+    table = layout.table
+    assert table is not None
+    held = [weakref.ref(x) for x in (mask, table.blocks, table.first_keys, table.end_keys)]
+    del layout, mask, table
+    gc.collect()
+    assert [x() for x in held] == [None] * 4
+
+
+def test_results_are_kept_by_layout_and_argument():
+    calls = []
+    cached = cached_by_layout(lambda layout, name: calls.append(name) or object())
+    for layout in (SequenceLayout(8, 4, has_noisy_half=True), table_layout(4, [[20]], [[range(4)]])):
+        assert cached(layout, "a") is cached(layout, "a")
+        assert cached(layout, "a") is not cached(layout, "b")
+    assert calls == ["a", "b"] * 2
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(8, 4), (8, 2), (8, 1), (8, 8), (12, 3), (96, 48), (40, 5)])

@@ -4,7 +4,7 @@ import pytest
 
 from nld_train.config.schema import Config, DataConfig, StageConfig, TrainConfig
 from nld_train.errors import ConfigError
-from nld_train.training.stages import plan_stages, stage_of_step
+from nld_train.training.stages import plan_stages, stage_of_step, tokens_at
 
 
 def _config(*tokens: int) -> Config:
@@ -61,3 +61,21 @@ def test_all_empty_stages_are_refused_at_once() -> None:
         "stages.stage_2.tokens",
     ]
     assert "is -5" in refused.value.problems[1].message
+
+
+def test_a_stage_with_conversations_counts_its_own_samples() -> None:
+    config = _config(100, 40, 64)
+    config.stages["stage_1"].chat = "stdlib_chat"
+    config.stages["stage_1"].sequence_length = 20
+    config.stages["stage_1"].global_batch_size = 2
+    first, chat, last = plan_stages(config)
+    assert (first.num_steps, chat.num_steps, last.num_steps) == (4, 1, 2)
+    assert (chat.tokens_per_step, chat.tokens_before, last.tokens_before) == (40, 128, 168)
+    assert tokens_at((first, chat, last), 0) == 0
+    assert [tokens_at((first, chat, last), step) for step in (1, 4, 5, 6, 7)] == [32, 128, 168, 200, 232]
+    assert [first.consumed_samples(step) for step in (1, 4)] == [0, 12]
+    assert chat.consumed_samples(5) == 0
+    assert last.consumed_samples(6) == 16  # of the corpus, which the conversations do not touch
+    assert chat.first_chat_position % 2 == 0
+    assert chat.first_chat_position > 2**60
+    assert last.first_chat_position - chat.first_chat_position > 2**40

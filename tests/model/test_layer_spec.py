@@ -1,0 +1,173 @@
+"""The last layer's prune: after its attention only the rows with weight go on, and nothing else changes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nld_train.config.schema import ParallelConfig
+from nld_train.model.build import NLDModel, build_model
+from nld_train.model.head import WeightedRows, gather_rows, select_weighted_rows
+from nld_train.model.layer_spec import DecoderRows
+from nld_train.objective.noise import NoiseSpec, corrupt
+from nld_train.objective.sequence import JointBatch, build_joint_batch
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
+from nld_train.testing.ranks import RankPool
+from nld_train.testing.steps import tiny_model, whole_tensors
+from nld_train.training.run import wrap_data_parallel
+
+LENGTH, BLOCK = 16, 4
+
+
+def micro_batch(seed: int) -> tuple[JointBatch, WeightedRows]:
+    """Two sequences of [noisy 16 | clean 16]; the rows of the loss differ from seed to seed in place and number."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, tiny_model().vocab_size, (2, LENGTH), generator=generator)
+    labels = tokens.roll(-1, dims=1)
+    spec = NoiseSpec(mask_token_id=3, eps=1e-3, seed=seed, block_size=BLOCK)
+    noise = corrupt(tokens, torch.arange(2) + seed, spec)
+    loss_mask = torch.rand(tokens.shape, generator=generator) < 0.7
+    batch = build_joint_batch(tokens, labels, loss_mask, noise, BLOCK)
+    return batch, select_weighted_rows(batch, torch.cat([0.3 * noise.weights, loss_mask.double()], dim=1))
+
+
+def small_model(platform: Platform, parallel: ParallelConfig) -> NLDModel:
+    return build_model(tiny_model(), parallel, dtype=torch.float64, device=platform.device, seed=1)
+
+
+def run_unpruned(model: NLDModel, batch: JointBatch, selected: WeightedRows) -> Any:
+    hidden = model.embedding(input_ids=batch.tokens, position_ids=None)
+    rows = DecoderRows(layout=batch.layout, selected=None)
+    hidden = model.decoder(hidden_states=hidden, attention_mask=None, attention_bias=rows)
+    return model.output_layer(gather_rows(hidden, selected.rows), selected)
+
+
+def set_recompute(model: NLDModel, recompute: str) -> None:
+    if recompute == "full":
+        model.config.recompute_granularity = "full"
+        model.config.recompute_method = "uniform"
+        model.config.recompute_num_layers = 1
+    for layer in model.decoder.layers:
+        layer.self_attention.checkpoint_core_attention = recompute == "core_attn"
+
+
+def joint_step(topology: Topology, platform: Platform, prunes: bool, recompute: str) -> dict[str, Tensor]:
+    """Losses and gradients of two micro-batches in a pipeline's order, and the rows that the last MLP saw."""
+    model = small_model(platform, ParallelConfig(tensor_model_parallel_size=topology.tensor_parallel_size))
+    set_recompute(model, recompute)
+    mlp_rows: list[int] = []
+    model.decoder.layers[-1].mlp.register_forward_pre_hook(
+        lambda _, inputs: mlp_rows.append(inputs[0].shape[:2].numel())
+    )
+    results = []
+    for seed in (1, 2):
+        batch, selected = micro_batch(seed)
+        results.append(model(batch.tokens, batch.layout, selected) if prunes else run_unpruned(model, batch, selected))
+    for loss, _, _ in results:  # both forwards first: what is recomputed must be its own micro-batch
+        loss.backward()
+    found = {f"loss {i}": loss.detach() for i, (loss, _, _) in enumerate(results)}
+    found |= {f"row losses {i}": losses for i, (_, losses, _) in enumerate(results)}
+    found |= {f"is_correct {i}": is_correct for i, (_, _, is_correct) in enumerate(results)}
+    found |= whole_tensors(model, {name: p.grad for name, p in model.named_parameters()})
+    return found | {"mlp rows": torch.tensor(mlp_rows)}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
+def test_pruned_equals_unpruned(one_rank: RankPool, recompute: str) -> None:
+    expected = one_rank.run(joint_step, False, "none")
+    found = one_rank.run(joint_step, True, recompute)
+    counts = [len(micro_batch(seed)[1].rows) for seed in (1, 2)]
+    assert counts[0] != counts[1]
+    assert expected.pop("mlp rows").tolist() == [2 * 2 * LENGTH] * 2
+    assert found.pop("mlp rows").tolist() == counts * (2 if recompute == "full" else 1)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_two_tensor_parallel_ranks_prune_alike(one_rank: RankPool, two_ranks: RankPool, recompute: str) -> None:
+    expected = one_rank.run(joint_step, True, "none")
+    tensor_parallel = ParallelConfig(tensor_model_parallel_size=2)
+    found = two_ranks.run(joint_step, True, recompute, parallel=tensor_parallel)
+    expected.pop("mlp rows"), found.pop("mlp rows")
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def other_calls(topology: Topology, platform: Platform) -> None:
+    """Calls around a pruned one: logits have all rows, a micro-batch may have no row with weight, names stay."""
+    model = small_model(platform, ParallelConfig())
+    batch, selected = micro_batch(1)
+    with torch.no_grad():
+        before = model(batch.tokens, batch.layout)
+        loss, row_losses, is_correct = model(batch.tokens, batch.layout, selected)
+        after = model(batch.tokens, batch.layout)
+    assert before.shape == (2, 2 * LENGTH, tiny_model().vocab_size)
+    assert torch.equal(before, after)
+    of_rows = before.transpose(0, 1).flatten(0, 1)[selected.rows]
+    torch.testing.assert_close(
+        row_losses, torch.nn.functional.cross_entropy(of_rows, selected.targets, reduction="none")
+    )
+    assert torch.equal(is_correct, of_rows.argmax(1) == selected.targets)
+
+    nothing = replace(selected, rows=selected.rows[:0], targets=selected.targets[:0], weights=selected.weights[:0])
+    loss, row_losses, _ = model(batch.tokens, batch.layout, nothing)
+    loss.backward()
+    assert loss == 0
+    assert row_losses.shape == (0,)
+    assert all(parameter.grad is not None and parameter.grad.eq(0).all() for parameter in model.parameters())
+    layer = "decoder.layers.0."
+    assert [
+        name.removeprefix(layer) for name in model.state_dict() if name.startswith(layer) and "_extra" not in name
+    ] == [
+        "input_layernorm.weight",
+        "self_attention.linear_proj.weight",
+        "self_attention.linear_qkv.weight",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    ]
+
+
+def test_logits_and_micro_batches_without_weight(one_rank: RankPool) -> None:
+    one_rank.run(other_calls)
+
+
+def through_data_parallelism(topology: Topology, platform: Platform, overlap: bool) -> list[Tensor]:
+    """The head's gradient over two micro-batches: as a plain module, and in Megatron's buffer."""
+    plain = small_model(platform, ParallelConfig())
+    model = small_model(platform, ParallelConfig())
+    wrapped = wrap_data_parallel(model, overlap=overlap, use_distributed_optimizer=False)
+    wrapped.zero_grad_buffer()
+    for seed in (1, 2):
+        batch, selected = micro_batch(seed)
+        plain(batch.tokens, batch.layout, selected)[0].backward()
+        loss = wrapped(batch.tokens, batch.layout, selected)[0]
+        if overlap and seed == 1:
+            with wrapped.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+    wrapped.finish_grad_sync()
+    weight = model.output_layer.weight
+    assert weight.grad_added_to_main_grad
+    assert weight.grad is None
+    found = weight.main_grad.clone()
+    wrapped.zero_grad_buffer()
+    assert not weight.grad_added_to_main_grad
+    assert weight.main_grad.eq(0).all()
+    return [found, plain.output_layer.weight.grad]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_heads_gradient_reaches_megatrons_buffer_once(one_rank: RankPool, overlap: bool) -> None:
+    found, expected = one_rank.run(through_data_parallelism, overlap)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
