@@ -94,16 +94,6 @@ def standard_estimators(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig
     return found
 
 
-class _Fixed:
-    """The same samples in every draw."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
-
-
 def measure(
     wrapped: DistributedDataParallel,
     samples: Sequence[Sample],
@@ -128,7 +118,7 @@ def measure(
     total: Tensor | None = None
     for draw in range(num_draws):
         loader = TrainLoader(
-            _Fixed(samples),
+            samples,
             micro_batch_size=len(samples),
             global_batch_size=len(samples),
             num_steps=1,

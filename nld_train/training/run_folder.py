@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,11 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
             tree = tree[part]
         return tree
 
+    def compare_stage(stage: Stage, fields: Sequence[str]) -> None:
+        for field in fields:
+            old = saved["stages"][stage.name][field]
+            compare(f"stages.{stage.name}.{field}", old, getattr(stage.config, field))
+
     for key in _FIXED_ON_RESUME:
         compare(key, value(saved, key), value(current, key))
     last_step = stages[-1].last_step
@@ -155,13 +160,9 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
             )
         for stage in stages[: current_stage.index]:
             if stage.name in saved["stages"]:
-                for field in _FIXED_AFTER_A_STAGE:
-                    name = f"stages.{stage.name}.{field}"
-                    compare(name, saved["stages"][stage.name][field], getattr(stage.config, field))
+                compare_stage(stage, _FIXED_AFTER_A_STAGE)
         if current_stage.name in saved["stages"]:
-            for field in _FIXED_IN_A_STAGE:
-                name = f"stages.{current_stage.name}.{field}"
-                compare(name, saved["stages"][current_stage.name][field], getattr(current_stage.config, field))
+            compare_stage(current_stage, _FIXED_IN_A_STAGE)
     if problems:
         raise ConfigError(problems)
 
