@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from nld_train.data.dataset import VALIDATION_POSITIONS_START, Sample, check_sample
-from nld_train.data.files import locked, publish_folder, sha256_of_file
+from nld_train.data.files import found_or_built, sha256_of_file
 from nld_train.data.prepared import MANIFEST_NAME, FileStats
 from nld_train.data.progress import PrepareProgress
 from nld_train.data.tokenizer import load_tokenizer
@@ -425,26 +424,18 @@ def prepare_chat(
     file_sha256, tokenizer_sha256 = sha256_of_file(path), _tokenizer_hash(tokenizer_folder)
     folder = cache_dir / f"chat-{path.stem}-{_key(file_sha256, tokenizer_sha256)[:16]}"
 
-    # Without the lock first, so that a complete cache works on a read-only file system.
-    if folder.exists():
-        try:
-            return _found(folder, progress)
-        except DataError:
-            pass  # looked at again, and spoken of, with the lock held
-    waiting = f"another process is preparing {folder}; waiting for it"
-    with locked(cache_dir / f".{folder.name}.lock", on_wait=lambda: progress.message(waiting)):
-        if folder.exists():
-            try:
-                return _found(folder, progress)
-            except DataError as error:
-                progress.message(f"the cached conversations are damaged and will be tokenised again: {error}")
-                shutil.rmtree(folder)
+    def build(temporary: Path) -> None:
         encoder = ChatEncoder(load_tokenizer(tokenizer_folder), str(tokenizer_folder))
-        with publish_folder(folder) as temporary:
-            _build(path, encoder, file_sha256, tokenizer_sha256, temporary, progress)
-        prepared = open_chat(folder)
-    progress.message(f"prepared {_summary(prepared)}")
-    return prepared
+        _build(path, encoder, file_sha256, tokenizer_sha256, temporary, progress)
+
+    return found_or_built(
+        folder,
+        open_folder=open_chat,
+        build=build,
+        summary=_summary,
+        damaged="the cached conversations are damaged and will be tokenised again",
+        progress=progress,
+    )
 
 
 def open_chat(folder: Path) -> PreparedChat:
@@ -470,12 +461,6 @@ def open_chat(folder: Path) -> PreparedChat:
         except (OSError, ValueError, EOFError) as error:
             raise DataError(str(path), f"cannot be read: {error}", _REMEDY) from error
     return PreparedChat(folder=folder, manifest=manifest, **arrays)
-
-
-def _found(folder: Path, progress: PrepareProgress) -> PreparedChat:
-    prepared = open_chat(folder)
-    progress.message(f"found {_summary(prepared)}")
-    return prepared
 
 
 def _summary(prepared: PreparedChat) -> str:

@@ -10,6 +10,12 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from nld_train.data.progress import PrepareProgress
+from nld_train.errors import DataError
+
+Opened = TypeVar("Opened")
 
 # Answers of file systems that have no locks at all (some parallel file systems are mounted so).
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -69,6 +75,51 @@ def publish_folder(folder: Path) -> Iterator[Path]:
             _fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def found_or_built(
+    folder: Path,
+    *,
+    open_folder: Callable[[Path], Opened],
+    build: Callable[[Path], None],
+    summary: Callable[[Opened], str],
+    damaged: str,
+    progress: PrepareProgress,
+) -> Opened:
+    """A cached folder, opened; built first where it is missing or damaged. Several processes may call this at once: one
+    builds, the others wait.
+
+    Args:
+        open_folder: opens and checks a complete folder; raises DataError where it is damaged.
+        build: fills an empty folder.
+        summary: of what was opened, for people.
+        damaged: said, with the reason, before a damaged folder is built again.
+    """
+
+    def found() -> Opened:
+        opened = open_folder(folder)
+        progress.message(f"found {summary(opened)}")
+        return opened
+
+    # Without the lock first, so that a complete cache works on a read-only file system.
+    if folder.exists():
+        try:
+            return found()
+        except DataError:
+            pass  # looked at again, and spoken of, with the lock held
+    waiting = f"another process is preparing {folder}; waiting for it"
+    with locked(folder.with_name(f".{folder.name}.lock"), on_wait=lambda: progress.message(waiting)):
+        if folder.exists():
+            try:
+                return found()
+            except DataError as error:
+                progress.message(f"{damaged}: {error}")
+                shutil.rmtree(folder)
+        with publish_folder(folder) as temporary:
+            build(temporary)
+        opened = open_folder(folder)
+    progress.message(f"prepared {summary(opened)}")
+    return opened
 
 
 def _fsync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from nld_train.config.schema import DataConfig
 from nld_train.data.corpora import CORPORA, CorpusText, Document
-from nld_train.data.files import locked, publish_folder, sha256_of_file
+from nld_train.data.files import found_or_built, sha256_of_file
 from nld_train.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -86,31 +85,17 @@ def prepare_text(
     key = json.dumps([FORMAT_VERSION, corpus.name, content_hash, options], sort_keys=True)
     folder = cache_dir / f"{corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    # Without the lock first, so that a complete cache works on a read-only file system.
-    if folder.exists():
-        try:
-            return _found(folder, progress)
-        except DataError:
-            pass  # looked at again, and spoken of, with the lock held
-    waiting = f"another process is preparing {folder}; waiting for it"
-    with locked(cache_dir / f".{folder.name}.lock", on_wait=lambda: progress.message(waiting)):
-        if folder.exists():
-            try:
-                return _found(folder, progress)
-            except DataError as error:
-                progress.message(f"the cached corpus is damaged and will be built again: {error}")
-                shutil.rmtree(folder)
-        with publish_folder(folder) as temporary:
-            _build(corpus, content_hash, options, vocab_size, validation_fraction, temporary, progress)
-        prepared = open_prepared(folder)
-    progress.message(f"prepared {_summary(prepared)}")
-    return prepared
+    def build(temporary: Path) -> None:
+        _build(corpus, content_hash, options, vocab_size, validation_fraction, temporary, progress)
 
-
-def _found(folder: Path, progress: PrepareProgress) -> PreparedCorpus:
-    prepared = open_prepared(folder)
-    progress.message(f"found {_summary(prepared)}")
-    return prepared
+    return found_or_built(
+        folder,
+        open_folder=open_prepared,
+        build=build,
+        summary=_summary,
+        damaged="the cached corpus is damaged and will be built again",
+        progress=progress,
+    )
 
 
 def _summary(prepared: PreparedCorpus) -> str:
