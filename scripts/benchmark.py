@@ -644,8 +644,12 @@ def loader_batch(text: Tensor, objective: ObjectiveConfig | None, is_supervised:
     tokens, positions = text[:, :-1].contiguous(), torch.arange(len(text))
     corruption = None
     if objective is not None:
-        spec = noise_spec(objective, seed=1, global_batch_size=len(text))
-        corruption = corrupt(tokens, positions, spec, is_supervised)
+        # One draw must stand for many: the recipe masks anything from nothing to everything. Of these, the one whose
+        # masked share is nearest to their mean.
+        specs = (noise_spec(objective, seed=seed, global_batch_size=len(text)) for seed in range(64))
+        draws = [corrupt(tokens, positions, spec, is_supervised) for spec in specs]
+        num_masked = torch.tensor([(draw.weights > 0).sum().item() for draw in draws])
+        corruption = draws[int((num_masked - num_masked.float().mean()).abs().argmin())]
     return LoaderBatch(
         tokens=tokens,
         labels=text[:, 1:].contiguous(),

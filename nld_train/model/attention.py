@@ -248,8 +248,7 @@ class _Chunk:
     No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
     either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
 
-    ``first_row``: place of its rows (noisy rows, then clean ones) in the plan's order. ``is_causal``: clean rows of
-    one document, as many as there are without a noisy one.
+    ``first_row``: place of its rows (noisy rows, then clean ones) in the plan's order.
     """
 
     sequence: int
@@ -258,7 +257,6 @@ class _Chunk:
     stop: int
     first_row: int
     num_noisy_rows: int
-    is_causal: bool
 
     @property
     def has_prefix(self) -> bool:
@@ -278,54 +276,58 @@ class _Chunk:
 class _ChunkPlan:
     """How a micro-batch's rows fall into chunks: built once, used by all layers.
 
-    ``rows`` int64 [rows that are no padding]: s * B + b, chunk by chunk. ``allowed``: the mask of each chunk against
-    its own rows, bool [R, R]; None for a causal one.
+    ``rows`` int64 [rows that are no padding]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``padding`` int64: the
+    other rows. ``allowed``: the mask of each chunk against its own rows, bool [R, R].
     """
 
     chunks: list[_Chunk]
     rows: Tensor
-    allowed: list[Tensor | None]
-    _elements: dict[int, Tensor] = field(default_factory=dict)
-    _masks: dict[tuple[int, torch.dtype], list[Tensor | None]] = field(default_factory=dict)
+    num_rows: int
+    padding: Tensor
+    allowed: list[Tensor]
+    _elements: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
-    def elements(self, num_heads: int) -> Tensor:
-        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, head, row)."""
+    def elements(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, head, row); and its inverse,
+        int64 [S * B * num_heads], in which padding has some element of the last chunk."""
         if num_heads not in self._elements:
             heads = torch.arange(num_heads)[:, None]
             of_chunks = self.rows.split([chunk.num_rows for chunk in self.chunks])
-            self._elements[num_heads] = torch.cat([(rows * num_heads + heads).flatten() for rows in of_chunks])
+            elements = torch.cat([(rows * num_heads + heads).flatten() for rows in of_chunks])
+            inverse = torch.full((self.num_rows * num_heads,), elements.numel() - 1)
+            self._elements[num_heads] = elements, inverse.scatter_(0, elements, torch.arange(elements.numel()))
         return self._elements[num_heads]
 
     def gather(self, x: Tensor) -> Tensor:
         """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`."""
-        return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1]))
+        return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1])[0])
 
     def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
         """Inverse of :meth:`gather`, in Megatron's memory order; 0 on padding rows."""
         num_sequences, num_heads, num_rows, dim = like.shape
-        out = elements.new_zeros(num_rows * num_sequences * num_heads, dim)
-        out.index_copy_(0, self.elements(num_heads), elements)
+        out = elements.index_select(0, self.elements(num_heads)[1]).view(self.num_rows, num_heads, dim)
+        if self.padding.numel() > 0:
+            out.index_fill_(0, self.padding, 0.0)
         return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
 
-    def calls(
-        self, num_heads: int, num_kv_heads: int, dtype: torch.dtype
-    ) -> Iterator[tuple[_Chunk, Tensor | None, int]]:
-        """Each chunk, its additive mask [G / P * R, R] (None: causal), and P, the parts its groups are taken in."""
+    def calls(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> Iterator[tuple[_Chunk, Tensor, int]]:
+        """Each chunk, its additive mask [G / P * R, R], and P, the parts its groups are taken in."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, since the kernel's backward pass hands out heads.
         wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
         parts = next((x for x in wanted if x * num_kv_heads >= torch.get_num_threads()), group)
         key = (group // parts, dtype)
         if key not in self._masks:
-            self._masks[key] = [None if x is None else _additive(x, key[0], dtype) for x in self.allowed]
+            self._masks[key] = [_additive(x, key[0], dtype) for x in self.allowed]
         for chunk, mask in zip(self.chunks, self._masks[key], strict=True):
-            yield chunk, mask, group if chunk.is_causal else parts
+            yield chunk, mask, parts
 
 
 @cached_by_layout
 @torch.inference_mode(False)
 def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
-    """Chunks of about ``chunk_rows`` clean tokens; more where a block or a run of clean rows is longer."""
+    """Chunks of about ``chunk_rows`` clean tokens; more where a block is longer."""
     table, num_noisy = layout.table, layout.num_noisy_rows
     assert table is not None
     num_sequences, length = table.blocks.shape[0], layout.clean_length
@@ -348,13 +350,11 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
         copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
         noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
         begins_document = document_starts[sequence].numpy() == np.arange(length)
-        ends = _chunk_ends(boundaries[sequence].numpy(), copies > 0, begins_document, chunk_rows)
+        ends = _chunk_ends(boundaries[sequence].numpy(), begins_document, chunk_rows)
         for start, stop in zip([0, *ends], ends, strict=False):
             num_noisy_rows = noisy_before[stop] - noisy_before[start]
-            is_causal = num_noisy_rows == 0 and documents[stop - 1] == documents[start]
-            chunk = _Chunk(sequence, documents[start], start, stop, first_row, num_noisy_rows, is_causal)
-            chunks.append(chunk)
-            first_row += chunk.num_rows
+            chunks.append(_Chunk(sequence, documents[start], start, stop, first_row, num_noisy_rows))
+            first_row += chunks[-1].num_rows
 
     widths = torch.tensor([chunk.stop - chunk.start for chunk in chunks])
     chunk_of_place = torch.arange(len(chunks)).repeat_interleave(widths).view(num_sequences, length)
@@ -362,49 +362,39 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     order[:, :num_noisy].masked_fill_(~is_noisy, -1)
     by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
     rows = by_chunk % layout.num_rows * num_sequences + by_chunk // layout.num_rows
-    return _ChunkPlan(chunks, rows, _allowed_pairs(chunks, table, by_chunk))
+    padding = order.t().flatten().eq(-1).nonzero().squeeze(1)
+    return _ChunkPlan(chunks, rows, order.numel(), padding, _allowed_pairs(chunks, table, by_chunk))
 
 
-def _chunk_ends(
-    is_boundary: np.ndarray, is_noised: np.ndarray, begins_document: np.ndarray, chunk_rows: int
-) -> list[int]:
+def _chunk_ends(is_boundary: np.ndarray, begins_document: np.ndarray, chunk_rows: int) -> list[int]:
     """Where one sequence's chunks end.
 
     Args:
         is_boundary: bool [L + 1], no noisy block goes on over this place.
-        is_noised: bool [L], the token has a noisy row.
         begins_document: bool [L].
-        chunk_rows: clean tokens of a chunk, at most, unless a block or a run of clean rows is longer.
+        chunk_rows: clean tokens of a chunk, at most, unless a block is longer.
     """
-    length = len(is_noised)
+    length = len(begins_document)
     boundaries = is_boundary.nonzero()[0].tolist()
     document_starts = [*begins_document.nonzero()[0].tolist(), length]
-    run_ends = [*(is_noised | begins_document).nonzero()[0].tolist(), length]
     ends: list[int] = []
     start = 0
     while start < length:
-        run_end = start if is_noised[start] else run_ends[bisect_right(run_ends, start)]
-        if run_end - start > chunk_rows:
-            start = run_end
-        else:
-            last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
-            end = boundaries[bisect_right(boundaries, min(start + chunk_rows, last)) - 1]
-            start = end if end > start else boundaries[bisect_right(boundaries, start)]
+        last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
+        end = boundaries[bisect_right(boundaries, min(start + chunk_rows, last)) - 1]
+        start = end if end > start else boundaries[bisect_right(boundaries, start)]
         ends.append(start)
     return ends
 
 
-def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor) -> list[Tensor | None]:
+def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor) -> list[Tensor]:
     """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk."""
     blocks, first_keys, end_keys = (
         x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
     )
     places = torch.arange(table.blocks.shape[1], dtype=torch.int32)
-    allowed: list[Tensor | None] = []
+    allowed: list[Tensor] = []
     for chunk in chunks:
-        if chunk.is_causal:
-            allowed.append(None)
-            continue
         own = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
         pairs = torch.empty(chunk.num_rows, chunk.num_rows, dtype=torch.bool)
         clean = places[chunk.start : chunk.stop]
@@ -435,7 +425,7 @@ class _TableAttention(torch.autograd.Function):
             fold = (num_heads, num_kv_heads, parts, -1)
             of_chunk = chunk.of(rows, *fold)
             own = keys.own(chunk, parts), values.own(chunk, parts)
-            part, part_lse = _cpu_flash(of_chunk, *own, is_causal=chunk.is_causal, attn_mask=mask, scale=scale)
+            part, part_lse = _cpu_flash(of_chunk, *own, attn_mask=mask, scale=scale)
             if chunk.has_prefix:
                 prefix = _cpu_flash(of_chunk, keys.prefix(chunk, parts), values.prefix(chunk, parts), scale=scale)
                 part, part_lse = _merge(part, part_lse, *prefix)
@@ -462,7 +452,7 @@ class _TableAttention(torch.autograd.Function):
             grad = chunk.of(grad_out_rows, *fold)
             own = keys.own(chunk, parts), values.own(chunk, parts)
             of_rows, of_keys, of_values = _cpu_flash_backward(
-                grad, of_chunk, *own, *of_out, 0.0, chunk.is_causal, attn_mask=mask, scale=scale
+                grad, of_chunk, *own, *of_out, 0.0, False, attn_mask=mask, scale=scale
             )
             grad_keys.set_own(chunk, of_keys)
             grad_values.set_own(chunk, of_values)

@@ -394,17 +394,17 @@ def test_padding_rows_touch_nothing(poison: float):
 
 
 def test_chunks_cover_what_they_should():
-    """A long run of clean tokens is one causal chunk; no chunk goes on over a document that began before it."""
-    layout = table_layout(32, [[700, 68]], [[range(640, 672), range(672, 700)]])
-    plan = attention_module._chunk_plan(layout, 128)
-    found = [(chunk.document_start, chunk.start, chunk.stop, chunk.is_causal) for chunk in plan.chunks]
-    assert found == [(0, 0, 640, True), (0, 640, 700, False), (700, 700, 768, True)]
+    """Neither a document that began before a chunk nor a block goes on over its end."""
+    layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
+    chunks = attention_module._chunk_plan(layout, 128).chunks
+    assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
+        (0, 0, 96, 0), (0, 96, 224, 44), (0, 224, 300, 0), (300, 300, 368, 32),
+    ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
     chunks = attention_module._chunk_plan(layout, 128).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
-    assert not any(chunk.is_causal for chunk in chunks)
 
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
