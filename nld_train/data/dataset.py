@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from nld_train.data.files import locked, publish_folder
-from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus
+from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, TokenDocuments
 from nld_train.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -85,13 +84,20 @@ class EpochDataset(GPTDataset):
     """
 
     def __init__(
-        self, dataset: IndexedDataset, *, sequence_length: int, seed: int, vocab_size: int, eod: int, index_folder: Path
+        self,
+        documents: TokenDocuments,
+        *,
+        sequence_length: int,
+        seed: int,
+        vocab_size: int,
+        eod: int,
+        index_folder: Path,
     ) -> None:
         self._index_folder = index_folder  # the base class builds the index while it is constructed
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=sequence_length,
-            blend=([dataset.path_prefix], None),
+            blend=([str(index_folder)], None),
             split="1",
             path_to_cache=str(index_folder),
             tokenizer=_StreamTokenizer(vocab_size, eod),  # type: ignore[arg-type]  # asked for these attributes only
@@ -100,8 +106,9 @@ class EpochDataset(GPTDataset):
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        documents = np.arange(len(dataset), dtype=np.int32)
-        super().__init__(dataset, dataset.path_prefix, documents, None, Split.train, config)
+        indices = np.arange(len(documents), dtype=np.int32)
+        # Megatron asks a low-level dataset for its lengths and for a stretch of a document: that is what these have.
+        super().__init__(documents, str(index_folder), indices, None, Split.train, config)  # type: ignore[arg-type]
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The order of the documents, where each sample begins, the order of the samples; from the cache or built."""
@@ -201,7 +208,7 @@ class TrainStream:
         self._mask_token_id = mask_token_id
         self._document_mask = document_mask
         self._index_root = cache_dir / "index"
-        self._tokens = IndexedDataset(str(corpus.prefix(TRAIN)))
+        self._tokens = corpus.documents(TRAIN)
         self._epochs: dict[int, EpochDataset] = {}
 
     def __getitem__(self, index: int) -> Sample:

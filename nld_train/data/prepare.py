@@ -28,15 +28,16 @@ from nld_train.errors import DataError
 
 
 def prepare(
-    data: DataConfig, vocab_size: int, *, mask_token_id: int, progress: PrepareProgress | None = None
+    corpus: str, data: DataConfig, vocab_size: int, *, mask_token_id: int, progress: PrepareProgress | None = None
 ) -> PreparedCorpus:
-    """Find or build the corpus ``data.corpus``. Several processes may call this at once: one builds, the others wait.
+    """Find or build a corpus. Several processes may call this at once: one builds, the others wait.
 
     A shipped corpus is built under ``data.cache_dir``, in a folder named after its content and options, and rebuilt if
     that folder is damaged. A folder named by the user is never changed.
 
     Args:
-        data: ``corpus``, ``cache_dir`` and ``validation_fraction`` are read.
+        corpus: name of a shipped corpus, or the folder of a prepared one.
+        data: ``cache_dir`` and ``validation_fraction`` are read.
         vocab_size: of the model. A shipped corpus is tokenised with exactly as many entries; the vocabulary of a
             prepared folder must not be larger.
         mask_token_id: ``objective.mask_token_id``; must not occur in the corpus.
@@ -45,20 +46,20 @@ def prepare(
     Raises:
         DataError: unknown corpus, damaged folder, vocabulary too small or too large, mask token in the data.
     """
-    if data.corpus in CORPORA:
+    if corpus in CORPORA:
         prepared = prepare_text(
-            CORPORA[data.corpus](),
+            CORPORA[corpus](),
             vocab_size=vocab_size,
             validation_fraction=data.validation_fraction,
             cache_dir=Path(data.cache_dir),
             progress=progress,
         )
-    elif (Path(data.corpus) / MANIFEST_NAME).is_file():
-        prepared = open_prepared(Path(data.corpus))
+    elif (Path(corpus) / MANIFEST_NAME).is_file():
+        prepared = open_prepared(Path(corpus))
     else:
         raise DataError(
             "data.corpus",
-            f"{data.corpus!r} is neither a shipped corpus nor a folder with a {MANIFEST_NAME}",
+            f"{corpus!r} is neither a shipped corpus nor a folder with a {MANIFEST_NAME}",
             f"use one of {', '.join(sorted(CORPORA))}, or the path of a prepared folder",
         )
     prepared.check_vocabulary(vocab_size)

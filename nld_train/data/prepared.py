@@ -123,6 +123,11 @@ class PreparedCorpus:
         """sha256 of a part's .bin: what an index over it is keyed by."""
         return self.manifest.files[f"{part}.bin"].sha256
 
+    def documents(self, part: str) -> "TokenDocuments":
+        """The documents of a part, as one sequence of documents."""
+        path = self.prefix(part).with_suffix(".idx")
+        return TokenDocuments(self.tokens(part), read_index(path)[1])
+
     def tokens(self, part: str) -> np.ndarray:
         """All tokens of a part, one document after the other: a read-only memory map [tokens]."""
         return np.memmap(self.prefix(part).with_suffix(".bin"), dtype=self.manifest.dtype, mode="r")
@@ -162,6 +167,28 @@ class PreparedCorpus:
             f"counts token {mask_token_id} {counts[mask_token_id]} times, the token files do not hold it",
             _REMEDY,
         )
+
+
+class TokenDocuments:
+    """The tokens of many documents, read through memory maps.
+
+    Args:
+        tokens: memory map [tokens], one document after the other.
+        lengths: int32 [documents], tokens of each document.
+    """
+
+    def __init__(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        self.sequence_lengths = lengths
+        self._tokens = tokens
+        self._starts = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [offset, offset + length) of a document (None: to its end), in the dtype of the files."""
+        start, end = int(self._starts[document]) + offset, int(self._starts[document + 1])
+        return self._tokens[start : end if length is None else start + length]
 
 
 def read_index(path: Path) -> tuple[type[np.number], np.ndarray]:

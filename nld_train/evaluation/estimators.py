@@ -216,7 +216,9 @@ def measure_run(
 
 def _unseen_samples(config: Config, num_sequences: int) -> list[Sample]:
     """Samples of an epoch that the run never reaches (its order differs; their tokens were seen in other company)."""
-    corpus = prepare(config.data, config.model.vocab_size, mask_token_id=config.objective.mask_token_id, progress=None)
+    corpus = prepare(
+        config.data.corpus, config.data, config.model.vocab_size, mask_token_id=config.objective.mask_token_id
+    )
     stream = TrainStream(
         corpus,
         sequence_length=config.data.sequence_length,

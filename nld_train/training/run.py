@@ -115,7 +115,11 @@ def prepare_corpus(config: Config, topology: Topology) -> PreparedCorpus:
 
     def call(progress: RichProgress | None) -> PreparedCorpus:
         return prepare(
-            config.data, config.model.vocab_size, mask_token_id=config.objective.mask_token_id, progress=progress
+            config.data.corpus,
+            config.data,
+            config.model.vocab_size,
+            mask_token_id=config.objective.mask_token_id,
+            progress=progress,
         )
 
     if not topology.is_main:

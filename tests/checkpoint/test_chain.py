@@ -127,9 +127,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, base: Path, cache: Path) -
 @pytest.fixture(scope="module")
 def first_batch(trained: object, cache: Path) -> tuple[Tensor, Tensor]:
     """Tokens and labels int64 [BATCH, LENGTH] of the run's first step."""
-    corpus = prepare(
-        DataConfig(corpus="stdlib", cache_dir=str(cache)), int(SHAPE["vocab_size"]), mask_token_id=MASK_TOKEN_ID
-    )
+    data = DataConfig(corpus="stdlib", cache_dir=str(cache))
+    corpus = prepare("stdlib", data, int(SHAPE["vocab_size"]), mask_token_id=MASK_TOKEN_ID)
     stream = TrainStream(corpus, sequence_length=LENGTH, seed=SEED, mask_token_id=MASK_TOKEN_ID, cache_dir=cache)
     samples = [stream[index] for index in range(BATCH)]
     return torch.stack([sample["tokens"] for sample in samples]), torch.stack([sample["labels"] for sample in samples])

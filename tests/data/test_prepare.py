@@ -256,14 +256,14 @@ def test_vocabulary_beyond_uint16_is_not_wrapped(tmp_path: Path) -> None:
 # --- folders of the user ---
 
 
-def _config(corpus: object, cache_dir: object = "unused") -> DataConfig:
-    return DataConfig(corpus=str(corpus), cache_dir=str(cache_dir))
+def _config(corpus: object, cache_dir: object = "unused") -> tuple[str, DataConfig]:
+    return str(corpus), DataConfig(corpus=str(corpus), cache_dir=str(cache_dir))
 
 
 def test_prepared_folder_is_used_as_it_is(corpus: PreparedCorpus) -> None:
     before = _bytes(corpus.folder)
     recorder = Recorder()
-    opened = prepare(_config(corpus.folder), 1000, mask_token_id=MASK, progress=recorder)
+    opened = prepare(*_config(corpus.folder), 1000, mask_token_id=MASK, progress=recorder)
     assert opened == corpus
     assert _bytes(corpus.folder) == before
     assert not recorder.phases
@@ -271,13 +271,13 @@ def test_prepared_folder_is_used_as_it_is(corpus: PreparedCorpus) -> None:
 
 def test_vocabulary_larger_than_the_models_is_refused(corpus: PreparedCorpus) -> None:
     with pytest.raises(DataError, match=r"model\.vocab_size: 399 is smaller .*: 400"):
-        prepare(_config(corpus.folder), 399, mask_token_id=MASK)
+        prepare(*_config(corpus.folder), 399, mask_token_id=MASK)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "Stdlib"])
 def test_unknown_corpus_is_refused(name: str) -> None:
     with pytest.raises(DataError, match=rf"data\.corpus: '{name}' is neither .*(?s:.*)stdlib"):
-        prepare(_config(name), VOCAB_SIZE, mask_token_id=MASK)
+        prepare(*_config(name), VOCAB_SIZE, mask_token_id=MASK)
 
 
 @pytest.fixture
@@ -289,13 +289,13 @@ def test_truncated_bin_is_named(copy: Path) -> None:
     _truncate(copy / "train.bin")
     size = (copy / "train.bin").stat().st_size
     with pytest.raises(DataError, match=rf"copy/train\.bin: holds {size} bytes, manifest\.json says {size + 2}"):
-        prepare(_config(copy), VOCAB_SIZE, mask_token_id=MASK)
+        prepare(*_config(copy), VOCAB_SIZE, mask_token_id=MASK)
 
 
 def test_index_of_another_file_is_named(copy: Path, write_corpus: WriteCorpus) -> None:
     shutil.copy(copy / "validation.idx", copy / "train.idx")
     with pytest.raises(DataError, match=r"copy/train\.idx: holds .* manifest\.json says"):
-        prepare(_config(copy), VOCAB_SIZE, mask_token_id=MASK)
+        prepare(*_config(copy), VOCAB_SIZE, mask_token_id=MASK)
     # Same size, same number of documents: only the lengths inside betray it.
     one = write_corpus([[9, 9, EOS], [9, EOS]], folder="one")
     other = write_corpus([[9, 9, 9, EOS], [9, EOS]], folder="other")
@@ -343,17 +343,17 @@ def test_bad_manifest_is_named(copy: Path, old: str, new: str, message: str) -> 
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(DataError, match=rf"manifest\.json: .*{message}"):
-        prepare(_config(copy), VOCAB_SIZE, mask_token_id=MASK)
+        prepare(*_config(copy), VOCAB_SIZE, mask_token_id=MASK)
 
 
 def test_mask_token_in_the_data_is_refused(write_corpus: WriteCorpus) -> None:
     folder = write_corpus([[9, 8, EOS], [8, EOS], [55, 7, 8, EOS], [55, EOS]], validation=[[9, 44, EOS]]).folder
     with pytest.raises(DataError, match=r"train\.bin: document 2 contains the mask token.* = 55 \(token 5 .* 2 times"):
-        prepare(_config(folder), 100, mask_token_id=55)
+        prepare(*_config(folder), 100, mask_token_id=55)
     with pytest.raises(DataError, match=r"validation\.bin: document 0 contains the mask token.* = 44 \(token 1 "):
-        prepare(_config(folder), 100, mask_token_id=44)
+        prepare(*_config(folder), 100, mask_token_id=44)
     for unused in (3, 99, 100, 5000):
-        prepare(_config(folder), 100, mask_token_id=unused)
+        prepare(*_config(folder), 100, mask_token_id=unused)
 
 
 def test_empty_part_is_refused(write_corpus: WriteCorpus) -> None:
@@ -367,11 +367,11 @@ def test_empty_part_is_refused(write_corpus: WriteCorpus) -> None:
 def test_standard_library(tmp_path: Path) -> None:
     """The real thing, whole: prepared in seconds, every document back to the letter."""
     with RichProgress() as progress:
-        prepared = prepare(_config("stdlib", tmp_path), 8192, mask_token_id=MASK, progress=progress)
+        prepared = prepare(*_config("stdlib", tmp_path), 8192, mask_token_id=MASK, progress=progress)
     text = CORPORA["stdlib"]()
     assert prepared.manifest.source == text.source
     assert prepared.num_tokens(TRAIN) > 1_000_000
     assert prepared.num_tokens(VALIDATION) > 20_000
     assert sorted([*_texts(prepared, TRAIN), *_texts(prepared, VALIDATION)]) == sorted(d.text for d in text.documents)
     with pytest.raises(DataError, match=r"objective\.mask_token_id = 100 "):
-        prepare(_config("stdlib", tmp_path), 8192, mask_token_id=100)
+        prepare(*_config("stdlib", tmp_path), 8192, mask_token_id=100)
