@@ -243,15 +243,16 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Clean tokens [start, stop) of one sequence and the noisy rows that stand for them, R rows together.
+    """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike.
 
     No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
     either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
 
-    ``first_row``: place of its rows (noisy rows, then clean ones) in the plan's order.
+    ``sequences``: int64 [n], rising. ``first_row``: place of its rows (sequence by sequence, noisy rows, then clean
+    ones) in the plan's order.
     """
 
-    sequence: int
+    sequences: Tensor
     document_start: int
     start: int
     stop: int
@@ -267,8 +268,8 @@ class _Chunk:
         return self.num_noisy_rows + self.stop - self.start
 
     def of(self, elements: Tensor, num_heads: int, *shape: int) -> Tensor:
-        """This chunk's num_heads * R elements of a tensor in the order of :meth:`_ChunkPlan.elements`, as a view."""
-        first, last = self.first_row * num_heads, (self.first_row + self.num_rows) * num_heads
+        """This chunk's n * num_heads * R elements of a tensor in the order of :meth:`_ChunkPlan.elements`: a view."""
+        first, last = self.first_row * num_heads, (self.first_row + len(self.sequences) * self.num_rows) * num_heads
         return elements[first:last].view(*shape, *elements.shape[1:])
 
 
@@ -277,7 +278,8 @@ class _ChunkPlan:
     """How a micro-batch's rows fall into chunks: built once, used by all layers.
 
     ``rows`` int64 [rows that are no padding]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``padding`` int64: the
-    other rows. ``allowed``: the mask of each chunk against its own rows, bool [R, R].
+    other rows. ``allowed``: the mask of each chunk against its own rows, bool [n, R, R], or [1, R, R] where all n are
+    equal.
     """
 
     chunks: list[_Chunk]
@@ -286,15 +288,18 @@ class _ChunkPlan:
     padding: Tensor
     allowed: list[Tensor]
     _elements: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def elements(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, head, row); and its inverse,
-        int64 [S * B * num_heads], in which padding has some element of the last chunk."""
+        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); and its
+        inverse, int64 [S * B * num_heads], in which padding has some element of the last chunk."""
         if num_heads not in self._elements:
             heads = torch.arange(num_heads)[:, None]
-            of_chunks = self.rows.split([chunk.num_rows for chunk in self.chunks])
-            elements = torch.cat([(rows * num_heads + heads).flatten() for rows in of_chunks])
+            of_chunks = self.rows.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
+            elements = torch.cat([
+                (rows.view(-1, 1, chunk.num_rows) * num_heads + heads).flatten()
+                for chunk, rows in zip(self.chunks, of_chunks, strict=True)
+            ])  # fmt: skip
             inverse = torch.full((self.num_rows * num_heads,), elements.numel() - 1)
             self._elements[num_heads] = elements, inverse.scatter_(0, elements, torch.arange(elements.numel()))
         return self._elements[num_heads]
@@ -312,16 +317,23 @@ class _ChunkPlan:
         return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
 
     def calls(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> Iterator[tuple[_Chunk, Tensor, int]]:
-        """Each chunk, its additive mask [G / P * R, R], and P, the parts its groups are taken in."""
+        """Each chunk, its additive mask [G / P * R, R] (or [n * K, 1, G / P * R, R]), and P, the parts its groups are
+        taken in."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, since the kernel's backward pass hands out heads.
         wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
-        parts = next((x for x in wanted if x * num_kv_heads >= torch.get_num_threads()), group)
-        key = (group // parts, dtype)
+        num_threads = torch.get_num_threads()
+        all_parts = [
+            next((x for x in wanted if x * num_kv_heads * len(chunk.sequences) >= num_threads), group)
+            for chunk in self.chunks
+        ]
+        key = (num_heads, num_kv_heads, num_threads, dtype)
         if key not in self._masks:
-            self._masks[key] = [_additive(x, key[0], dtype) for x in self.allowed]
-        for chunk, mask in zip(self.chunks, self._masks[key], strict=True):
-            yield chunk, mask, parts
+            self._masks[key] = [
+                _additive(allowed, group // parts, num_kv_heads, dtype)
+                for allowed, parts in zip(self.allowed, all_parts, strict=True)
+            ]
+        yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
 
 
 @cached_by_layout
@@ -344,20 +356,29 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     num_copies = torch.zeros(num_sequences, length, dtype=torch.int64)
     num_copies.scatter_add_(1, noisy_places, is_noisy.long())
 
-    chunks: list[_Chunk] = []
-    first_row = 0
+    # Chunks of several sequences that have the same shape are one: fewer and longer calls.
+    alike: dict[tuple[int, int, int, int], list[tuple[int, int]]] = {}  # (sequence, number of the chunk)
+    widths: list[int] = []
     for sequence in range(num_sequences):
         copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
         noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
         begins_document = document_starts[sequence].numpy() == np.arange(length)
         ends = _chunk_ends(boundaries[sequence].numpy(), begins_document, chunk_rows)
         for start, stop in zip([0, *ends], ends, strict=False):
-            num_noisy_rows = noisy_before[stop] - noisy_before[start]
-            chunks.append(_Chunk(sequence, documents[start], start, stop, first_row, num_noisy_rows))
-            first_row += chunks[-1].num_rows
+            shape = (documents[start], start, stop, noisy_before[stop] - noisy_before[start])
+            alike.setdefault(shape, []).append((sequence, len(widths)))
+            widths.append(stop - start)
+    chunks: list[_Chunk] = []
+    ranks = torch.empty(len(widths), dtype=torch.int64)  # of (chunk, sequence) in the plan's order
+    first_row = num_ranked = 0
+    for (document_start, start, stop, num_noisy_rows), members in alike.items():
+        sequences, numbers = torch.tensor(members).unbind(1)
+        chunks.append(_Chunk(sequences, document_start, start, stop, first_row, num_noisy_rows))
+        first_row += len(members) * chunks[-1].num_rows
+        ranks[numbers] = torch.arange(num_ranked, num_ranked + len(members))
+        num_ranked += len(members)
 
-    widths = torch.tensor([chunk.stop - chunk.start for chunk in chunks])
-    chunk_of_place = torch.arange(len(chunks)).repeat_interleave(widths).view(num_sequences, length)
+    chunk_of_place = ranks.repeat_interleave(torch.tensor(widths)).view(num_sequences, length)
     order = torch.cat([2 * chunk_of_place.gather(1, noisy_places), 2 * chunk_of_place + 1], dim=1)
     order[:, :num_noisy].masked_fill_(~is_noisy, -1)
     by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
@@ -395,23 +416,25 @@ def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor) -> list[
     places = torch.arange(table.blocks.shape[1], dtype=torch.int32)
     allowed: list[Tensor] = []
     for chunk in chunks:
-        own = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-        pairs = torch.empty(chunk.num_rows, chunk.num_rows, dtype=torch.bool)
+        num_sequences, num_rows, num_noisy = len(chunk.sequences), chunk.num_rows, chunk.num_noisy_rows
+        block, first_key, end_key = (chunk.of(x, 1, num_sequences, num_rows) for x in (blocks, first_keys, end_keys))
+        pairs = torch.empty(num_sequences, num_rows, num_rows, dtype=torch.bool)
         clean = places[chunk.start : chunk.stop]
-        torch.eq(blocks[own], blocks[own][: chunk.num_noisy_rows].t(), out=pairs[:, : chunk.num_noisy_rows])
-        torch.logical_and(first_keys[own] <= clean, clean < end_keys[own], out=pairs[:, chunk.num_noisy_rows :])
-        allowed.append(pairs)
+        torch.eq(block, block[:, :num_noisy].mT, out=pairs[..., :num_noisy])
+        torch.logical_and(first_key <= clean, clean < end_key, out=pairs[..., num_noisy:])
+        allowed.append(pairs[:1] if bool((pairs == pairs[:1]).all()) else pairs)
     return allowed
 
 
-def _additive(allowed: Tensor, num_folded: int, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, else -inf, once for each head that is folded into rows."""
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf).repeat(num_folded, 1)
+def _additive(allowed: Tensor, num_folded: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, else -inf, once for each head that is folded into rows; [1, R, R] serves all heads."""
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf).repeat(1, num_folded, 1)
+    return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
 
 
 class _TableAttention(torch.autograd.Function):
-    """As :class:`_ChunkedAttention`, for one chunk of one sequence at a time. Heads stand where the kernel has its
-    batch: [K, P, G / P * R, D], so that the P parts of a group give every thread a head of its own."""
+    """As :class:`_ChunkedAttention`, for the chunks of a plan. Key-value heads of all sequences stand where the kernel
+    has its batch: [n * K, P, G / P * R, D], so that the P parts of a group give every thread a head of its own."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
@@ -422,7 +445,7 @@ class _TableAttention(torch.autograd.Function):
         out_rows = torch.empty_like(rows)
         log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
-            fold = (num_heads, num_kv_heads, parts, -1)
+            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
             of_chunk = chunk.of(rows, *fold)
             own = keys.own(chunk, parts), values.own(chunk, parts)
             part, part_lse = _cpu_flash(of_chunk, *own, attn_mask=mask, scale=scale)
@@ -447,7 +470,7 @@ class _TableAttention(torch.autograd.Function):
         grad_keys, grad_values = (_TableKeyGradients(x) for x in (keys, values))
         grad_rows = torch.empty_like(rows)
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
-            fold = (num_heads, num_kv_heads, parts, -1)
+            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
             of_chunk, *of_out = (chunk.of(x, *fold) for x in (rows, out_rows, log_sum_exp))
             grad = chunk.of(grad_out_rows, *fold)
             own = keys.own(chunk, parts), values.own(chunk, parts)
@@ -478,40 +501,50 @@ class _TableKeys:
         self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
 
     def own(self, chunk: _Chunk, parts: int) -> Tensor:
-        """[K, parts, R, D]"""
-        return chunk.of(self.rows, self.num_heads, self.num_heads, 1, -1).expand(-1, parts, -1, -1)
+        """[n * K, parts, R, D]"""
+        num_sequences = len(chunk.sequences)
+        own = chunk.of(self.rows, self.num_heads, num_sequences * self.num_heads, 1, -1)
+        return own.expand(-1, parts, -1, -1)
 
     def prefix(self, chunk: _Chunk, parts: int) -> Tensor:
-        """[K, parts, start - document_start, D]"""
-        clean = self.clean[chunk.sequence, :, None, chunk.document_start : chunk.start]
-        return clean.expand(-1, parts, -1, -1)
+        """[n * K, parts, start - document_start, D]"""
+        clean = self.clean[:, :, chunk.document_start : chunk.start]
+        if len(chunk.sequences) < len(clean):
+            clean = clean.index_select(0, chunk.sequences)
+        return clean.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
 
 
 class _TableKeyGradients:
-    """Sums of what the chunks give to each key, at least in fp32: a clean key collects a term from every later chunk of
-    its document."""
+    """Sums of what the chunks give to each key. A clean key collects a term from every later chunk of its document, at
+    least in fp32; from its own chunk a key has one, in the dtype of the kernel."""
 
     def __init__(self, keys: _TableKeys) -> None:
         self.keys = keys
-        self.dtype = _accumulation_dtype(keys.rows)
-        self.rows = torch.empty_like(keys.rows, dtype=self.dtype)
-        self.clean = torch.zeros_like(keys.clean, dtype=self.dtype)
+        self.rows = torch.empty_like(keys.rows)
+        self.clean = torch.zeros_like(keys.clean, dtype=_accumulation_dtype(keys.rows))
 
     def set_own(self, chunk: _Chunk, grad: Tensor) -> None:
-        own = chunk.of(self.rows, self.keys.num_heads, self.keys.num_heads, -1)
+        num_sequences = len(chunk.sequences)
+        own = chunk.of(self.rows, self.keys.num_heads, num_sequences * self.keys.num_heads, -1)
         own.copy_(self._over_parts(grad))
 
     def add_prefix(self, chunk: _Chunk, grad: Tensor) -> None:
-        self.clean[chunk.sequence, :, chunk.document_start : chunk.start] += self._over_parts(grad)
+        total = self._over_parts(grad).unflatten(0, (len(chunk.sequences), -1)).to(self.clean.dtype)
+        clean = self.clean[:, :, chunk.document_start : chunk.start]
+        if len(chunk.sequences) == len(clean):
+            clean += total
+        else:
+            clean.index_add_(0, chunk.sequences, total)
 
     def _over_parts(self, grad: Tensor) -> Tensor:
-        """[K, parts, keys, D] -> [K, keys, D]"""
-        return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.dtype)
+        """[n * K, parts, keys, D] -> [n * K, keys, D]"""
+        return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.clean.dtype)
 
     def total(self, like: Tensor) -> Tensor:
         total = self.keys.plan.scatter(self.rows, like)
-        total[:, :, -self.clean.shape[2] :] += self.clean
-        return total.to(like.dtype)
+        clean = total[:, :, -self.clean.shape[2] :]
+        clean.copy_(clean + self.clean)
+        return total
 
 
 class JointAttention(MegatronModule):
