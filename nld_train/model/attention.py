@@ -10,7 +10,7 @@ heads, K key-value heads, G = H / K query heads per key-value head, D head dimen
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -35,6 +35,9 @@ from nld_train.objective.sequence import RowTable, SequenceLayout
 
 CHUNK_ROWS = 128
 """Clean tokens, and their noisy rows, that the chunked backend takes at a time: 256 and 1024 were slower."""
+
+TABLE_CHUNK_ROWS = {torch.float64: 160, torch.float32: 160, torch.bfloat16: 256, torch.float16: 256}
+"""Noisy and clean rows together that it takes at a time under a table; a call in bf16 costs more before it begins."""
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -339,7 +342,7 @@ class _ChunkPlan:
 @cached_by_layout
 @torch.inference_mode(False)
 def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
-    """Chunks of about ``chunk_rows`` clean tokens; more where a block is longer."""
+    """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
     table, num_noisy = layout.table, layout.num_noisy_rows
     assert table is not None
     num_sequences, length = table.blocks.shape[0], layout.clean_length
@@ -363,7 +366,7 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
         copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
         noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
         begins_document = document_starts[sequence].numpy() == np.arange(length)
-        ends = _chunk_ends(boundaries[sequence].numpy(), begins_document, chunk_rows)
+        ends = _chunk_ends(boundaries[sequence].numpy(), begins_document, noisy_before, chunk_rows)
         for start, stop in zip([0, *ends], ends, strict=False):
             shape = (documents[start], start, stop, noisy_before[stop] - noisy_before[start])
             alike.setdefault(shape, []).append((sequence, len(widths)))
@@ -387,22 +390,27 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     return _ChunkPlan(chunks, rows, order.numel(), padding, _allowed_pairs(chunks, table, by_chunk))
 
 
-def _chunk_ends(is_boundary: np.ndarray, begins_document: np.ndarray, chunk_rows: int) -> list[int]:
+def _chunk_ends(
+    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[int], chunk_rows: int
+) -> list[int]:
     """Where one sequence's chunks end.
 
     Args:
         is_boundary: bool [L + 1], no noisy block goes on over this place.
         begins_document: bool [L].
-        chunk_rows: clean tokens of a chunk, at most, unless a block is longer.
+        noisy_before: [L + 1], noisy rows that stand for an earlier clean token.
+        chunk_rows: rows of a chunk, at most, unless a block is longer.
     """
     length = len(begins_document)
     boundaries = is_boundary.nonzero()[0].tolist()
+    rows_before = [place + noisy_before[place] for place in boundaries]
     document_starts = [*begins_document.nonzero()[0].tolist(), length]
     ends: list[int] = []
     start = 0
     while start < length:
         last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
-        end = boundaries[bisect_right(boundaries, min(start + chunk_rows, last)) - 1]
+        fits = bisect_right(rows_before, start + noisy_before[start] + chunk_rows)
+        end = boundaries[min(fits, bisect_right(boundaries, last)) - 1]
         start = end if end > start else boundaries[bisect_right(boundaries, start)]
         ends.append(start)
     return ends
@@ -438,7 +446,7 @@ class _TableAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-        plan = _chunk_plan(layout, CHUNK_ROWS)
+        plan = _chunk_plan(layout, TABLE_CHUNK_ROWS[query.dtype])
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         rows = plan.gather(query)
         keys, values = _TableKeys(plan, key, layout), _TableKeys(plan, value, layout)

@@ -293,13 +293,17 @@ TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
 }
 
 
+def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    monkeypatch.setattr(attention_module, "TABLE_CHUNK_ROWS", dict.fromkeys(TOLERANCE, num_rows))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("chunk_rows", [8, 48, 128])  # less than a block, no divisor of L
 @pytest.mark.parametrize("name", TABLE_LAYOUTS)
 def test_chunked_attention_under_a_table(
     name: str, chunk_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention_module, "CHUNK_ROWS", chunk_rows)
+    set_chunk_rows(monkeypatch, chunk_rows)
     assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=dtype)
 
 
@@ -310,7 +314,7 @@ def test_dense_attention_under_a_table(name: str):
 
 def test_groups_are_split_among_threads(monkeypatch: pytest.MonkeyPatch):
     """One key-value head and more threads: its queries come in 2, then in 4 parts, then 8 threads for 6 of them."""
-    monkeypatch.setattr(attention_module, "CHUNK_ROWS", 32)
+    set_chunk_rows(monkeypatch, 32)
     layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
     for num_threads, heads in ((2, 4), (3, 4), (8, 6)):
         monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
@@ -323,7 +327,7 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
     for _ in range(40):
-        monkeypatch.setattr(attention_module, "CHUNK_ROWS", rng.choice([1, 3, 16, 50]))
+        set_chunk_rows(monkeypatch, rng.choice([1, 3, 16, 50, 100]))
         length, block_size = rng.randint(2, 120), rng.choice([1, 2, 7, 16, 60])
         documents, noisy = [], []
         for _ in range(rng.randint(1, 3)):
@@ -335,7 +339,7 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
                 if rng.random() < share
             ])  # fmt: skip
         layout = table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
-        print(documents, noisy, block_size, attention_module.CHUNK_ROWS)
+        print(documents, noisy, block_size, attention_module.TABLE_CHUNK_ROWS)
         kv_heads = rng.randint(1, 2)
         assert_table_equals_written_out(
             chunked_attention,
@@ -364,7 +368,7 @@ def test_a_plain_layout_written_as_a_table_equals_the_plain_path(attention: Atte
 def test_packed_documents_are_the_documents_alone(
     attention: Attention, is_noisy: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention_module, "CHUNK_ROWS", 32)
+    set_chunk_rows(monkeypatch, 32)
     lengths = [45, 70, 21]
     packed = table_layout(16, [lengths], [blocks_of(lengths, 16)] if is_noisy else None)
     inputs = make_inputs(packed, 1, 4, 2, 8, dtype=torch.float64)
@@ -394,17 +398,39 @@ def test_padding_rows_touch_nothing(poison: float):
 
 
 def test_chunks_cover_what_they_should():
-    """Neither a document that began before a chunk nor a block goes on over its end."""
+    """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows."""
     layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
-    chunks = attention_module._chunk_plan(layout, 128).chunks
+    chunks = attention_module._chunk_plan(layout, 160).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
-        (0, 0, 96, 0), (0, 96, 224, 44), (0, 224, 300, 0), (300, 300, 368, 32),
+        (0, 0, 96, 0), (0, 96, 212, 44), (0, 212, 300, 0), (300, 300, 368, 32),
     ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
-    chunks = attention_module._chunk_plan(layout, 128).chunks
+    chunks = attention_module._chunk_plan(layout, 256).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
+
+
+def test_chunks_of_the_same_shape_are_taken_together():
+    """Clean beginnings of all three sequences; then two with a noisy block at the same place."""
+    layout = table_layout(16, [[64]] * 3, [[range(32, 48)], [range(32, 48)], [range(48, 64)]])
+    plan = attention_module._chunk_plan(layout, 32)
+    found = [(chunk.sequences.tolist(), chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in plan.chunks]
+    assert found == [
+        ([0, 1, 2], 0, 32, 0), ([0, 1], 32, 48, 16), ([0, 1], 48, 64, 0), ([2], 32, 48, 0), ([2], 48, 64, 16),
+    ]  # fmt: skip
+    assert [len(allowed) for allowed in plan.allowed] == [1] * 5
+    assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64)
+
+
+def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    """One noisy block each, at different places of the same chunk; sequence 1 stands apart from 0 and 2."""
+    set_chunk_rows(monkeypatch, 80)
+    layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48)]])
+    plan = attention_module._chunk_plan(layout, 80)
+    assert (plan.chunks[0].sequences.tolist(), len(plan.allowed[0])) == ([0, 2], 2)
+    for kv_heads in (1, 2):
+        assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64, heads=4, kv_heads=kv_heads)
 
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
