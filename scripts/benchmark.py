@@ -508,7 +508,7 @@ def write_random_folder(folder: Path, model: ModelConfig) -> int:
     )
     info = CheckpointInfo(
         step=0, tokens=0, stage="", samples=0, dtype="bfloat16", model=model, parallel={}, config={}, metrics={},
-        tokenizer="", corpus_hash="",
+        tokenizer="",
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(hf_config(info, torch.bfloat16)))
     return num_bytes
@@ -719,15 +719,84 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
                 )
 
 
+LOADER_LENGTH, LOADER_BATCHES = 4096, 48
+TOKENS_PER_SECOND = 2e6  # that one loader worker has to reach
+
+
+def data_suite(_device: torch.device) -> Iterator[Comparison]:
+    """What one loader worker needs for a token, in this process, against what it may: samples of the default corpora
+    read, noised and packed for the pipe; with the doubled sequence laid out, which is the trainer's work, too."""
+    from nld_train.config.compose import compose
+    from nld_train.data.loader import _MicroBatches, _Packed, _unpack
+    from nld_train.training.data import prepare_blends, training_samples
+
+    works: dict[str, Work] = {"2M tokens/s": partial(list[Tensor])}
+    for has_documents in (False, True):
+        mask = "boundary" if has_documents else "none"
+        config = compose([f"data.sequence_length={LOADER_LENGTH}", f"data.document_mask={mask}"], world_size=1)
+        stream = training_samples(config, prepare_blends(config, is_main=False).of_run)
+        stream.build_index(0, LOADER_BATCHES)
+        for name, objective in (
+            ("reading alone", None),
+            ("default", config.objective),
+            (
+                "recipe",
+                replace(config.objective, sampler=Sampler.bernoulli, stratify=Stratify.none, noisy_fraction=1.0),
+            ),
+        ):
+            noise = None if objective is None else noise_spec(objective, seed=0, global_batch_size=512)
+            packed = _Packed(_MicroBatches(stream, 1, 0, 1, noise))
+
+            block_size = config.objective.block_size
+
+            def work(
+                packed: _Packed = packed, block_size: int = block_size, *, is_laid_out: bool = False
+            ) -> Sequence[Tensor]:
+                for number in range(LOADER_BATCHES):
+                    arrays = packed[0, number]
+                    if is_laid_out:
+                        sample = _unpack(arrays)
+                        assert isinstance(sample, LoaderBatch)
+                        build_joint_batch(
+                            sample.tokens,
+                            sample.labels,
+                            sample.loss_mask,
+                            sample.corruption,
+                            block_size,
+                            document_starts=sample.document_starts,
+                        )
+                return []
+
+            name += ", documents" if has_documents else ""
+            works[name] = work
+            if objective is not None:
+                works[f"{name}, laid out"] = partial(work, is_laid_out=True)
+    limit = works["2M tokens/s"]
+
+    def measured(work: Work) -> float:
+        return 1 / TOKENS_PER_SECOND if work is limit else seconds(work) / (LOADER_BATCHES * LOADER_LENGTH)
+
+    yield Comparison(
+        title=f"a worker's time for a token, L {LOADER_LENGTH}; the ratio is to the requirement",
+        variants=works,
+        tolerance=0.0,
+        required={name: 1.0 for name in works if name != "2M tokens/s"},
+        measure=measured,
+        unit="ns",
+        unit_scale=1e9,
+    )
+
+
 SUITES: dict[str, Suite] = {
     "attention": attention_suite,
     "layouts": layouts_suite,
     "step": step_suite,
+    "data": data_suite,
     "convert": convert_suite,
     "head": head_suite,
     "convert-3b": partial(convert_suite, num_layers=26, vocab_size=131072),
 }
-DEFAULT_SUITES = ["attention", "layouts", "step", "convert"]  # the other one writes 23 GB
+DEFAULT_SUITES = ["attention", "layouts", "step", "data", "convert"]  # the other one writes 23 GB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -254,7 +254,6 @@ def import_checkpoint(
             config=_objective(source),
             metrics={},
             tokenizer="tokenizer" if tokenizer_files else "",
-            corpus_hash="",
         )
         total = sum(torch.Size(shape).numel() for rule in rules for shape in rule.shapes) * chosen.itemsize
 

@@ -30,7 +30,7 @@ from nld_train.checkpoint.headers import check_numbers
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INFO_FILE = "checkpoint.json"
 _PREFIX = "step_"
 _TEMPORARY_PREFIX = ".incomplete_"
@@ -60,7 +60,7 @@ class CheckpointInfo:
         config: the run's resolved configuration; empty for imported weights.
         metrics: last step's metrics.
         tokenizer: folder of the tokenizer the run was trained with, relative to the checkpoint; "" if unknown.
-        corpus_hash: of the training tokens; "" if unknown.
+        blends: of each stage that reads corpora, by its name: their weights and hashes, and the hash of the whole.
         chat_hashes: of the conversations of each stage that has its own, by its name.
     """
 
@@ -74,7 +74,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     metrics: dict[str, Any]
     tokenizer: str
-    corpus_hash: str
+    blends: dict[str, dict[str, Any]] = field(default_factory=dict)
     chat_hashes: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     megatron_version: str = megatron.core.__version__

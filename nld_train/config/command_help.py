@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nld_train.config import schema
 
-ANY_NAME = "*"  # stands for a stage's name in a key: stages.*.tokens
+ANY_NAME = "*"  # stands for the name of a stage or of a part of a blend in a key: stages.*.tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +77,17 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
 
 @cache
 def all_keys() -> dict[str, Key]:
-    """Dotted path -> key; a stage's name is ``*``."""
+    """Dotted path -> key; names of stages and of parts of a blend are ``*``."""
     return {key.path: key for key in _walk(schema.Config, "")}
 
 
 def general_path(path: str) -> str:
-    """``stages.joint.lr`` -> ``stages.*.lr``; other paths as they are."""
+    """``stages.joint.lr`` -> ``stages.*.lr``, ``data.blend.code.weight`` -> ``data.blend.*.weight``."""
     parts = path.split(".")
-    if parts[0] == "stages" and len(parts) > 1:
-        parts[1] = ANY_NAME
+    places = {"stages": (1, 3), "data": (2,)}.get(parts[0], ())  # of names; a stage itself may be called "blend"
+    for place in places:
+        if len(parts) > place and (place == 1 or parts[place - 1] == "blend"):
+            parts[place] = ANY_NAME
     return ".".join(parts)
 
 
@@ -101,9 +103,17 @@ def is_section(path: str) -> bool:
 
 def suggest(path: str, stage_names: list[str]) -> str | None:
     """The existing key that was probably meant by ``path``."""
+    parts = path.split(".")
+    # A part of a blend is only known by its name here.
+    part_names = [parts[place + 1] for place, section in enumerate(parts[:-1]) if section == "blend"]
     known = []
     for key in all_keys():
-        known += [key.replace(ANY_NAME, name) for name in stage_names] if ANY_NAME in key else [key]
+        paths = [key]
+        if key.startswith("stages."):
+            paths = [key.replace(ANY_NAME, name, 1) for name in stage_names]
+        if f".blend.{ANY_NAME}" in key:
+            paths = [each.replace(ANY_NAME, name) for each in paths for name in part_names]
+        known += paths
     section, _, name = path.rpartition(".")
     # The right name in the right section, then the right name elsewhere, then anything that looks like it.
     in_section = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
@@ -127,14 +137,14 @@ def key_table(config: DictConfig) -> str:
         config: composed, possibly with missing values.
     """
     rows = []
-    plain = [(key.path, key) for key in all_keys().values() if ANY_NAME not in key.path]
+    plain = [(key.path, key) for key in all_keys().values() if not key.path.startswith("stages.")]
     of_stages = [
-        (key.path.replace(ANY_NAME, str(name)), key)
+        (key.path.replace(ANY_NAME, str(name), 1), key)
         for name in config.stages
         for key in all_keys().values()
-        if ANY_NAME in key.path
+        if key.path.startswith("stages.")
     ]
-    for path, key in [*plain, *of_stages]:
+    for path, key in _with_part_names([*plain, *of_stages], config):
         rows.append((f"{path}={_shown(config, path)}", _short_type(key.type), key.comment))
     widths = [min(48, max(len(row[column]) for row in rows)) for column in (0, 1)]
     lines = []
@@ -143,7 +153,18 @@ def key_table(config: DictConfig) -> str:
     return "\n".join(lines)
 
 
+def _with_part_names(keys: list[tuple[str, Key]], config: DictConfig) -> Iterator[tuple[str, Key]]:
+    """Keys of a blend's parts, once for each part; what an empty blend would take stays as it is."""
+    for path, key in keys:
+        blend, has_parts, _ = path.partition(f".{ANY_NAME}.")
+        names = list(OmegaConf.select(config, blend) or {}) if has_parts else []
+        for name in names or [ANY_NAME]:
+            yield path.replace(ANY_NAME, str(name)), key
+
+
 def _shown(config: DictConfig, path: str) -> str:
+    if ANY_NAME in path:
+        return "???"
     try:
         value = OmegaConf.select(config, path, throw_on_missing=True)
     except OmegaConfBaseException:

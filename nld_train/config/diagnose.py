@@ -6,6 +6,7 @@ YAML files can be compared with the schema one by one.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -280,7 +281,9 @@ def _one_by_one(overrides: list[str], compose: Compose, problems: list[Problem])
             compose([*accepted, override])
         except COMPOSITION_ERRORS as error:
             plain = override.lstrip("+")
-            if override.startswith("+"):
+            if blend := re.match(r"data\.blend|stages\.[^.=]+\.blend", plain):
+                remedy = f"give new parts of a blend together: '++{blend[0]}={{NAME: {{corpus: FOLDER, weight: 1}}}}'"
+            elif override.startswith("+"):
                 remedy = f"without the plus sign: {plain}"
             elif "@" in override and not override.startswith("~"):
                 remedy = f"to add it: +{plain}"

@@ -155,8 +155,17 @@ class ObjectiveConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class BlendPart:
+    """One corpus of a blend."""
+
+    corpus: str = MISSING  # shipped name, folder or manifest.json of a prepared one, or a glob of such folders
+    weight: float = MISSING  # share of the samples; the weights of a blend need not add up to 1
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
-    corpus: str = MISSING  # name of a shipped corpus ("stdlib"), or the folder of a prepared one
+    corpus: str | None = MISSING  # shipped name ("stdlib"), prepared folder, its manifest.json, a glob; null: blend
+    blend: dict[str, BlendPart] = field(default_factory=dict)  # several corpora, by names of your own
     sequence_length: int = 4096  # tokens, L
     cache_dir: str = "data/cache"  # prepared corpora and their indices
     validation_fraction: float = 0.03  # share of documents held out (shipped corpora)
@@ -207,6 +216,7 @@ class StageConfig:
     decay_fraction: float = 0.1  # of the stage's steps, at its end: lr -> min_lr
     decay_style: DecayStyle = DecayStyle.linear  # shape of lr -> min_lr
     reset_optimizer: bool = False  # True: moments start from zero when the stage begins
+    blend: dict[str, BlendPart] = field(default_factory=dict)  # of this stage, from its first sample; empty: the run's
     chat: str | None = None  # JSONL of messages, or stdlib_chat: answers are supervised; null: the run's corpus
     chat_validation_samples: int = 0  # sequences of held-out conversations in each validation; 0: none
     chat_validation_fraction: float = 0.05  # share of the conversations held out where there is such a validation

@@ -5,6 +5,7 @@ content of files belong to the layers that read them.
 """
 
 import difflib
+import glob
 import math
 import re
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 
 from nld_train.config.schema import (
     AttentionBackend,
+    BlendPart,
     Config,
     Device,
     DocumentMask,
@@ -30,6 +32,7 @@ SHIPPED_CORPORA = ("stdlib",)
 SHIPPED_MASK_TOKEN_ID = 3
 SHIPPED_CHATS = ("stdlib_chat",)
 SHIPPED_MIN_VOCAB_SIZE = 5 + 256
+_MANIFEST = "manifest.json"  # of a prepared corpus
 
 MAX_SEED = 2**31 - 1  # Megatron's data sets seed numpy with 32 bits, and an epoch's number is added
 
@@ -200,10 +203,10 @@ def _objective(config: Config) -> Iterable[Problem]:
             f"{mask_token_id} is not in the vocabulary, 0..{vocab_size - 1} (model.vocab_size={vocab_size})",
             "give the id that the corpus' tokenizer reserves for the mask",
         )
-    elif config.data.corpus in SHIPPED_CORPORA and mask_token_id != SHIPPED_MASK_TOKEN_ID:
+    elif (shipped := _shipped_corpus(config)) and mask_token_id != SHIPPED_MASK_TOKEN_ID:
         yield Problem(
             "objective.mask_token_id",
-            f"{mask_token_id} is an ordinary token in the tokenizer of data.corpus={config.data.corpus}",
+            f"{mask_token_id} is an ordinary token in the tokenizer of {shipped}",
             f"use objective.mask_token_id={SHIPPED_MASK_TOKEN_ID}",
         )
     if not 0 < objective.eps < 1 and math.isfinite(objective.eps):
@@ -285,15 +288,57 @@ def _data(config: Config) -> Iterable[Problem]:
             f"{data.validation_fraction} is not between 0 and 1 (exclusive)",
             "use data.validation_fraction=0.03",
         )
-    if not data.corpus.strip():
-        yield Problem("data.corpus", "the name is empty", f"use data.corpus={SHIPPED_CORPORA[0]}, or a folder")
+    if data.corpus is None and not data.blend:
+        yield Problem(
+            "data.corpus",
+            "null, and data.blend is empty: the run reads nothing",
+            f"use data.corpus={SHIPPED_CORPORA[0]}, or a folder, or name the parts of data.blend",
+        )
+    elif data.corpus is not None and data.blend:
+        yield Problem(
+            "data.blend",
+            f"has parts ({', '.join(data.blend)}), and data.corpus={data.corpus}: the run reads one or the other",
+            f"use data=prepared data.corpus={data.corpus} for the corpus alone, or data.corpus=null for the blend",
+        )
+    for key, part in _parts(config):
+        yield from _part(config, key, part)
     if not data.cache_dir.strip():
         yield Problem("data.cache_dir", "the folder's name is empty", "use data.cache_dir=data/cache")
-    if data.corpus in SHIPPED_CORPORA and 0 < model.vocab_size < SHIPPED_MIN_VOCAB_SIZE:
+    if (shipped := _shipped_corpus(config)) and 0 < model.vocab_size < SHIPPED_MIN_VOCAB_SIZE:
         yield Problem(
             "model.vocab_size",
-            f"{model.vocab_size} cannot hold the 256 bytes and 5 special tokens of data.corpus={data.corpus}",
+            f"{model.vocab_size} cannot hold the 256 bytes and 5 special tokens of {shipped}",
             f"use model.vocab_size={SHIPPED_MIN_VOCAB_SIZE} or more",
+        )
+
+
+def _parts(config: Config) -> Iterable[tuple[str, BlendPart]]:
+    """Every part of every blend with its key; ``data.corpus`` is one."""
+    if config.data.corpus is not None:
+        yield "data", BlendPart(corpus=config.data.corpus, weight=1.0)
+    for name, part in config.data.blend.items():
+        yield f"data.blend.{name}", part
+    for stage_name, stage in config.stages.items():
+        for name, part in stage.blend.items():
+            yield f"stages.{stage_name}.blend.{name}", part
+
+
+def _shipped_corpus(config: Config) -> str | None:
+    """``data.corpus=stdlib``: the first key that names a shipped corpus."""
+    return next((f"{key}.corpus={part.corpus}" for key, part in _parts(config) if part.corpus in SHIPPED_CORPORA), None)
+
+
+def _part(config: Config, key: str, part: BlendPart) -> Iterable[Problem]:
+    name = key.rpartition(".")[2]
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+        yield Problem(key, f"{name!r} is not a plain name", "name the parts of a blend with letters, digits, _ and -")
+    if not part.corpus.strip():
+        yield Problem(f"{key}.corpus", "the name is empty", f"use {key}.corpus={SHIPPED_CORPORA[0]}, or a folder")
+    if part.weight <= 0:  # one that is not finite is reported with all other numbers
+        yield Problem(
+            f"{key}.weight",
+            f"{part.weight} must be greater than 0",
+            f"give its share of the samples, as in {key}.weight=0.5, or remove the part: ~{key}",
         )
 
 
@@ -339,6 +384,12 @@ def _stages(config: Config) -> Iterable[Problem]:
         if stage.diffusion_loss_weight == 0 == stage.ar_loss_weight:
             yield Problem(
                 f"{key}.ar_loss_weight", f"0, and {key}.diffusion_loss_weight=0: no loss is left", "raise one of them"
+            )
+        if stage.chat is not None and stage.blend:
+            yield Problem(
+                f"{key}.blend",
+                f"has parts ({', '.join(stage.blend)}), and {key}.chat={stage.chat}: a stage reads one or the other",
+                f"use {key}.chat=null, or remove the blend: ~{key}.blend",
             )
         yield from _at_least(config, 0, f"{key}.chat_validation_samples")
         if stage.chat is None and stage.chat_validation_samples > 0:
@@ -546,7 +597,7 @@ def _validation_batch(config: Config, data_parallel_size: int) -> Iterable[Probl
 
 
 def _paths(config: Config) -> Iterable[Problem]:
-    hf_path, corpus = config.init.hf_path, config.data.corpus
+    hf_path = config.init.hf_path
     if hf_path is not None and not (Path(hf_path) / "config.json").is_file():
         what = "holds no config.json" if Path(hf_path).is_dir() else "is not a folder"
         yield Problem(
@@ -554,14 +605,9 @@ def _paths(config: Config) -> Iterable[Problem]:
             f"{hf_path} {what}",
             "give the folder of a Hugging Face checkpoint (Ministral3 or NLD), or null for random weights",
         )
-    if corpus.strip() and corpus not in SHIPPED_CORPORA and not Path(corpus).is_dir():
-        guess = difflib.get_close_matches(corpus, SHIPPED_CORPORA, n=1)
-        remedy = f"use a shipped corpus ({', '.join(SHIPPED_CORPORA)}) or the folder of a prepared one"
-        yield Problem(
-            "data.corpus",
-            f"{corpus} is neither a shipped corpus nor a folder",
-            f"did you mean data.corpus={guess[0]}? Else {remedy}" if guess else remedy,
-        )
+    for key, part in _parts(config):
+        if part.corpus.strip() and isinstance(found := find_corpora(f"{key}.corpus", part.corpus), Problem):
+            yield found
     for name, stage in config.stages.items():
         if stage.chat is not None and stage.chat not in SHIPPED_CHATS and not Path(stage.chat).is_file():
             yield Problem(
@@ -572,3 +618,40 @@ def _paths(config: Config) -> Iterable[Problem]:
     run_dir = Path(config.run.dir)
     if config.run.dir.strip() and run_dir.exists() and not run_dir.is_dir():
         yield Problem("run.dir", f"{run_dir} is a file", "give a folder, or a name that does not exist yet")
+
+
+def find_corpora(key: str, corpus: str) -> list[str] | Problem:
+    """What ``corpus`` stands for: a shipped name, or folders (several for a glob, sorted by name).
+
+    A manifest.json stands for its folder. Everything that a glob matches must be one or the other: nothing is left out
+    silently. Whether a folder holds a corpus is for those to say who open it.
+
+    Args:
+        key: where the name is from, for the problem.
+    """
+    if corpus in SHIPPED_CORPORA or Path(corpus).is_dir():
+        return [corpus]
+    remedy = f"use a shipped corpus ({', '.join(SHIPPED_CORPORA)}) or the folder of a prepared one"
+    if glob.has_magic(corpus):
+        matches = sorted(glob.glob(corpus, recursive=True))
+        if not matches:
+            return Problem(key, f"the pattern {corpus} matches nothing in {Path.cwd()}", remedy)
+        folders = {path: Path(path).parent if Path(path).name == _MANIFEST else Path(path) for path in matches}
+        for path, folder in folders.items():
+            if not (folder / _MANIFEST).is_file():
+                return Problem(
+                    key,
+                    f"the pattern {corpus} matches {path}, which is not a prepared corpus",
+                    f"make it match prepared folders only, or their {_MANIFEST} files",
+                )
+        return sorted({str(folder) for folder in folders.values()})
+    if Path(corpus).name == _MANIFEST:
+        if Path(corpus).is_file():
+            return [str(Path(corpus).parent)]
+        return Problem(key, f"the file {corpus} does not exist", remedy)
+    guess = difflib.get_close_matches(corpus, SHIPPED_CORPORA, n=1)
+    return Problem(
+        key,
+        f"{corpus} is neither a shipped corpus nor a folder",
+        f"did you mean {key}={guess[0]}? Else {remedy}" if guess else remedy,
+    )

@@ -421,7 +421,7 @@ def prepare_chat(
     progress = progress or PrepareProgress()
     if not path.is_file():
         raise DataError(str(path), "is not a file", "name a JSONL file of conversations")
-    file_sha256, tokenizer_sha256 = sha256_of_file(path), _tokenizer_hash(tokenizer_folder)
+    file_sha256, tokenizer_sha256 = sha256_of_file(path), tokenizer_hash(tokenizer_folder)
     folder = cache_dir / f"chat-{path.stem}-{_key(file_sha256, tokenizer_sha256)[:16]}"
 
     def build(temporary: Path) -> None:
@@ -475,7 +475,8 @@ def _key(file_sha256: str, tokenizer_sha256: str) -> str:
     return hashlib.sha256(json.dumps([CHAT_FORMAT_VERSION, file_sha256, tokenizer_sha256]).encode()).hexdigest()
 
 
-def _tokenizer_hash(folder: Path) -> str:
+def tokenizer_hash(folder: Path) -> str:
+    """sha256 over the files that decide what a tokenizer makes of a text; equal where none of them exists."""
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     return hashlib.sha256(json.dumps([[file.name, sha256_of_file(file)] for file in files]).encode()).hexdigest()
 

@@ -55,6 +55,12 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+class IndexedSource(SampleSource, Protocol):
+    """Samples whose order is an index on disk, which can be built ahead of their being read."""
+
+    def build_index(self, start_sample: int, end_sample: int) -> None: ...
+
+
 class SizedSource(SampleSource, Protocol):
     """Samples 0 .. len - 1."""
 

@@ -18,21 +18,20 @@ from nld_train.config.compose import load_resolved
 from nld_train.config.schema import (
     Config,
     Device,
-    DocumentMask,
     Normalization,
     ObjectiveConfig,
     ParallelConfig,
     Sampler,
     Stratify,
 )
-from nld_train.data.dataset import Sample, TrainStream
+from nld_train.data.dataset import Sample
 from nld_train.data.loader import TrainLoader
-from nld_train.data.prepare import prepare
 from nld_train.errors import CheckpointError
 from nld_train.model.build import build_model
 from nld_train.objective.normalize import means
 from nld_train.platform.device import initialize_device
 from nld_train.platform.topology import topology_of
+from nld_train.training.data import prepare_blends, training_samples
 from nld_train.training.run import connect, wrap_data_parallel
 from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
 
@@ -216,17 +215,7 @@ def measure_run(
 
 def _unseen_samples(config: Config, num_sequences: int) -> list[Sample]:
     """Samples of an epoch that the run never reaches (its order differs; their tokens were seen in other company)."""
-    corpus = prepare(
-        config.data.corpus, config.data, config.model.vocab_size, mask_token_id=config.objective.mask_token_id
-    )
-    stream = TrainStream(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        seed=config.run.seed + 1_000_003,
-        mask_token_id=config.objective.mask_token_id,
-        cache_dir=Path(config.data.cache_dir),
-        document_mask=config.data.document_mask is DocumentMask.boundary,
-    )
+    stream = training_samples(config, prepare_blends(config, is_main=False).of_run, seed=config.run.seed + 1_000_003)
     return [stream[index] for index in range(num_sequences)]
 
 

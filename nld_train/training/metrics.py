@@ -1,10 +1,10 @@
 """The records of a run: how they are built, what ``metrics.jsonl`` looks like, and how it is read back.
 
 One JSON object per line. A step record holds ``step, stage, tokens, loss, ar_loss, diffusion_loss, lr, grad_norm,
-step_seconds, tokens_per_second``; a validation record ``step, stage, tokens, val_ar_loss, val_diffusion_loss`` and
-whatever else the validation reports, each name with ``val_`` before it. Losses are means per token in nats; ``tokens``
-counts the clean tokens consumed since the start of the run; ``diffusion_loss`` is null in a stage with alpha = 0,
-``ar_loss`` in one with ``ar_loss_weight`` 0.
+step_seconds, tokens_per_second, data_seconds``; a validation record ``step, stage, tokens, val_ar_loss,
+val_diffusion_loss`` and whatever else the validation reports, each name with ``val_`` before it. Losses are means per
+token in nats; ``tokens`` counts the clean tokens consumed since the start of the run; ``diffusion_loss`` is null in a
+stage with alpha = 0, ``ar_loss`` in one with ``ar_loss_weight`` 0.
 A number that is not finite stands as null, and ``non_finite`` names it:
 ``{"loss": null, "non_finite": {"loss": "nan"}}``.
 
@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nld_train.errors import DataError
 
-TIMING_FIELDS = frozenset({"step_seconds", "tokens_per_second"})
+Item = TypeVar("Item")
+
+TIMING_FIELDS = frozenset({"step_seconds", "tokens_per_second", "data_seconds"})
 """Times and rates: the only fields that may differ between two otherwise identical runs."""
 
 MEAN_FIELDS = ("loss", "ar_loss", "diffusion_loss")
@@ -31,10 +33,12 @@ VALIDATION_FIELDS = ("ar_loss", "diffusion_loss")
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """Rates since the last lap: ``step_seconds`` wall time of a step, ``tokens_per_second`` clean, of all ranks."""
+    """Rates since the last lap: ``step_seconds`` wall time of a step, ``tokens_per_second`` clean, of all ranks,
+    ``data_seconds`` of a step in which this rank waited for its micro-batches."""
 
     step_seconds: float
     tokens_per_second: float
+    data_seconds: float
 
 
 class StepClock:
@@ -50,6 +54,7 @@ class StepClock:
         self._now = now
         self._step = step
         self._tokens = tokens
+        self._waited = 0.0
         self._since = now()
 
     @contextmanager
@@ -60,6 +65,18 @@ class StepClock:
             yield
         finally:
             self._since += self._now() - start
+
+    def waiting(self, data: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time until each of them is there counts as waiting."""
+        while True:
+            start = self._now()
+            try:
+                item = next(data)
+            except StopIteration:
+                return
+            finally:
+                self._waited += self._now() - start
+            yield item
 
     def lap(self, step: int, tokens: int) -> Lap:
         """Rates since the last lap.
@@ -72,8 +89,9 @@ class StepClock:
             raise ValueError(f"a lap at step {step}, but the last one was at step {self._step}")
         now = self._now()
         seconds = max(now - self._since, 1e-9)  # a clock of coarse resolution may stand still
-        lap = Lap(seconds / (step - self._step), (tokens - self._tokens) / seconds)
-        self._step, self._tokens, self._since = step, tokens, now
+        num_steps = step - self._step
+        lap = Lap(seconds / num_steps, (tokens - self._tokens) / seconds, self._waited / num_steps)
+        self._step, self._tokens, self._since, self._waited = step, tokens, now, 0.0
         return lap
 
 
@@ -101,6 +119,7 @@ def step_record(
         "grad_norm": grad_norm,
         "step_seconds": lap.step_seconds,
         "tokens_per_second": lap.tokens_per_second,
+        "data_seconds": lap.data_seconds,
         **{name: value for name, value in means.items() if name not in MEAN_FIELDS},
     }
 

@@ -1,7 +1,6 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import save_resolved, to_dict
-from nld_train.config.schema import Config, DocumentMask, Precision
+from nld_train.config.schema import Config, Precision
 from nld_train.config.validate import notices
-from nld_train.data.chat import ChatStream, ChatValidation, PreparedChat, chat_path, prepare_chat
-from nld_train.data.dataset import TrainStream, ValidationSet
-from nld_train.data.prepare import prepare
-from nld_train.data.prepared import PreparedCorpus
-from nld_train.data.progress import RichProgress
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_model
@@ -25,6 +19,7 @@ from nld_train.platform.device import Platform, initialize_device
 from nld_train.platform.topology import Topology, topology_of
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
+from nld_train.training.data import open_data, prepare_blends, prepare_chats
 from nld_train.training.optimizer import build_optimizer, choose_adam
 from nld_train.training.run_folder import check_same_data, find_resume_point, lock_run_folder, make_folder
 from nld_train.training.stages import Stage, plan_stages, stage_of_step
@@ -52,16 +47,16 @@ def run(config: Config) -> None:
             stages = plan_stages(config)
             manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint)
             resume = find_resume_point(manager, config, stages)
-            corpus = prepare_corpus(config, topology)
-            chats = prepare_chats(config, corpus, topology)
+            blends = prepare_blends(config, is_main=is_main)
+            chats = prepare_chats(config, blends.tokenizer_folder, is_main=is_main)
             if resume is not None:
-                check_same_data(resume.info, corpus, chats, resume.checkpoint)
+                check_same_data(resume.info, blends.of_stages, chats, stages, resume.checkpoint)
             start_step = resume.info.step if resume is not None else 0
             is_finished = start_step == stages[-1].last_step
             if is_main and not is_finished:
                 save_resolved(config, run_dir / "config.yaml")
-                shutil.copytree(corpus.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
-            sources, validation, chat_validations = open_data(config, corpus, chats, stages)
+                shutil.copytree(blends.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
+            sources, validation, chat_validations = open_data(config, blends, chats, stages)
             if not is_finished:
                 stage = stage_of_step(stages, start_step + 1)
                 first_sample = stage.consumed_samples(start_step + 1)
@@ -97,7 +92,7 @@ def run(config: Config) -> None:
                 chat_hashes={name: chat.content_hash for name, chat in chats.items()},
                 manager=manager,
                 callbacks=callbacks,
-                corpus=corpus,
+                blends={name: blend.describe() for name, blend in blends.of_stages.items()},
                 start_step=start_step,
             )
             checkpoint = trainer.train() or (resume.checkpoint if resume is not None else None)
@@ -108,87 +103,6 @@ def run(config: Config) -> None:
             finish(config, checkpoint, callbacks)
     finally:
         callbacks.on_run_end()
-
-
-def prepare_corpus(config: Config, topology: Topology) -> PreparedCorpus:
-    """Find or build the corpus: one process builds, the others wait for its file lock; rank 0 shows progress."""
-
-    def call(progress: RichProgress | None) -> PreparedCorpus:
-        return prepare(
-            config.data.corpus,
-            config.data,
-            config.model.vocab_size,
-            mask_token_id=config.objective.mask_token_id,
-            progress=progress,
-        )
-
-    if not topology.is_main:
-        return call(None)
-    with RichProgress() as progress:
-        return call(progress)
-
-
-def prepare_chats(config: Config, corpus: PreparedCorpus, topology: Topology) -> dict[str, PreparedChat]:
-    """The conversations of each stage that has its own, tokenised with the corpus' tokenizer; rank 0 shows progress."""
-    found: dict[str, PreparedChat] = {}
-    for name, stage in config.stages.items():
-        if stage.chat is None:
-            continue
-        path, cache_dir = chat_path(stage.chat), Path(config.data.cache_dir)
-        if topology.is_main:
-            with RichProgress() as progress:
-                found[name] = prepare_chat(path, corpus.tokenizer_folder, cache_dir, progress=progress)
-        else:
-            found[name] = prepare_chat(path, corpus.tokenizer_folder, cache_dir)
-        found[name].check_vocabulary(config.model.vocab_size)
-    return found
-
-
-def open_data(
-    config: Config, corpus: PreparedCorpus, chats: Mapping[str, PreparedChat], stages: Sequence[Stage]
-) -> tuple[dict[str, TrainStream | ChatStream], ValidationSet, dict[str, ChatValidation]]:
-    """Training samples of each stage, the corpus' held-out samples, and held-out conversations of stages with chat."""
-    document_mask = config.data.document_mask is DocumentMask.boundary
-    mask_token_id = config.objective.mask_token_id
-    stream = TrainStream(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        seed=config.run.seed,
-        mask_token_id=mask_token_id,
-        cache_dir=Path(config.data.cache_dir),
-        document_mask=document_mask,
-    )
-    validation = ValidationSet(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        num_samples=config.train.validation_samples,
-        mask_token_id=mask_token_id,
-        document_mask=document_mask,
-    )
-    sources: dict[str, TrainStream | ChatStream] = {stage.name: stream for stage in stages}
-    validations: dict[str, ChatValidation] = {}
-    for stage in stages:
-        if stage.name not in chats:
-            continue
-        chat, num_samples = chats[stage.name], stage.config.chat_validation_samples
-        fraction = stage.config.chat_validation_fraction
-        sources[stage.name] = ChatStream(
-            chat,
-            sequence_length=stage.sequence_length,
-            seed=config.run.seed,
-            mask_token_id=mask_token_id,
-            first_position=stage.first_chat_position,
-            validation_fraction=fraction if num_samples else 0.0,
-        )
-        if num_samples:
-            validations[stage.name] = ChatValidation(
-                chat,
-                sequence_length=stage.sequence_length,
-                num_samples=num_samples,
-                mask_token_id=mask_token_id,
-                validation_fraction=fraction,
-            )
-    return sources, validation, validations
 
 
 def wrap_data_parallel(

@@ -10,8 +10,8 @@ from typing import Any
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, read_info
 from nld_train.config.compose import to_dict
 from nld_train.config.schema import Config
+from nld_train.data.blend import Blend
 from nld_train.data.chat import PreparedChat
-from nld_train.data.prepared import TRAIN, PreparedCorpus
 from nld_train.errors import ConfigError, DataError, Problem
 from nld_train.training.stages import Stage, stage_of_step
 
@@ -22,6 +22,7 @@ _FIXED_ON_RESUME = (
     "model",
     "objective",
     "data.corpus",
+    "data.blend",
     "data.sequence_length",
     "data.validation_fraction",
     "data.document_mask",
@@ -29,6 +30,7 @@ _FIXED_ON_RESUME = (
     "train.precision",
 )
 _FIXED_IN_A_STAGE = (
+    "blend",
     "chat",
     "chat_validation_samples",
     "chat_validation_fraction",
@@ -37,7 +39,7 @@ _FIXED_IN_A_STAGE = (
     "global_batch_size",
 )
 # Of a stage that is over: what its steps and the samples they took are counted by.
-_FIXED_AFTER_A_STAGE = ("tokens", "chat", "sequence_length", "global_batch_size")
+_FIXED_AFTER_A_STAGE = ("tokens", "blend", "chat", "sequence_length", "global_batch_size")
 _FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
 
 
@@ -109,6 +111,8 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
         ConfigError: every key that differs.
     """
     saved, current = info.config, to_dict(config)
+    new_blend = "use {key}={old} to resume it, give the new blend to a new stage, or use another run.dir to start anew"
+    other_value = "use {key}={old} to resume it, or another run.dir to start anew"
     problems: list[Problem] = []
 
     def compare(key: str, old: Any, new: Any) -> None:
@@ -120,7 +124,7 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
                 Problem(
                     key,
                     f"is {new}, but the run in {checkpoint.parent.parent} was started with {old}",
-                    f"use {key}={old} to resume it, or another run.dir to start anew",
+                    (new_blend if ".blend" in key or key == "data.corpus" else other_value).format(key=key, old=old),
                 )
             )
 
@@ -132,7 +136,7 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
     def compare_stage(stage: Stage, fields: Sequence[str]) -> None:
         for field in fields:
             old = saved["stages"][stage.name][field]
-            compare(f"stages.{stage.name}.{field}", old, getattr(stage.config, field))
+            compare(f"stages.{stage.name}.{field}", old, current["stages"][stage.name][field])
 
     for key in _FIXED_ON_RESUME:
         compare(key, value(saved, key), value(current, key))
@@ -168,12 +172,21 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
 
 
 def check_same_data(
-    info: CheckpointInfo, corpus: PreparedCorpus, chats: Mapping[str, PreparedChat], checkpoint: Path
+    info: CheckpointInfo,
+    blends: Mapping[str, Blend],
+    chats: Mapping[str, PreparedChat],
+    stages: Sequence[Stage],
+    checkpoint: Path,
 ) -> None:
-    """Refuse to resume on other training tokens, or in the middle of a stage on other conversations, than before.
+    """Refuse to go on with other training tokens, weights or conversations than the stages so far had.
+
+    Args:
+        blends: of each stage that reads corpora, by its name.
+        chats: of each stage with conversations.
 
     Raises:
-        DataError: the corpus has changed (the shipped one does with the version of Python), or a stage's conversations.
+        DataError: naming the corpus that has changed (a shipped one does with the version of Python), come or gone,
+            the weight that has, or the stage whose conversations have.
     """
     if info.stage in chats and info.chat_hashes.get(info.stage) != chats[info.stage].content_hash:
         raise DataError(
@@ -181,10 +194,31 @@ def check_same_data(
             f"{chats[info.stage].manifest.source} has changed (or its tokenizer) since {checkpoint} was written",
             "resume with the run's conversations, or use another run.dir",
         )
-    found = corpus.part_hash(TRAIN)
-    if info.corpus_hash != found:
+    for stage in stages[: stage_of_step(stages, info.step).index + 1]:
+        if stage.name not in blends or blends[stage.name].content_hash == info.blends[stage.name]["hash"]:
+            continue
         raise DataError(
-            str(corpus.folder),
-            f"its training tokens have hash {found[:16]}, those of {checkpoint} had {info.corpus_hash[:16]}",
-            "resume with the run's corpus (the shipped one: with its version of Python), or use another run.dir",
+            f"stages.{stage.name}",
+            f"reads another blend than when {checkpoint} was written: "
+            f"{_blend_difference(info.blends[stage.name], blends[stage.name].describe())}",
+            "resume with the run's corpora (shipped ones: with its version of Python), give the new blend to a new "
+            "stage, or use another run.dir",
         )
+
+
+def _blend_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which parts of a blend are not the same, in words."""
+    found = []
+    for name in sorted(old["parts"].keys() | new["parts"].keys()):
+        before, now = old["parts"].get(name), new["parts"].get(name)
+        if before is None or now is None:
+            found.append(f"part {name} has {'come' if before is None else 'gone'}")
+            continue
+        if before["hash"] != now["hash"]:
+            found.append(
+                f"the training tokens of part {name} ({', '.join(now['folders'])}) have hash {now['hash'][:16]}, they "
+                f"had {before['hash'][:16]}"
+            )
+        if before["weight"] != now["weight"]:
+            found.append(f"the weight of part {name} is {now['weight']}, it was {before['weight']}")
+    return "; ".join(found) or "the rule of its order has changed with the version of this program"

@@ -7,6 +7,7 @@ were consumed and which learning rate applies: nothing about a stage has to be s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nld_train.config.blends import same_data
 from nld_train.config.schema import Config, StageConfig
 from nld_train.errors import ConfigError, Problem
 from nld_train.training.callbacks.base import StageInfo
@@ -25,7 +26,9 @@ class Stage:
         sequence_length: L of its samples.
         global_batch_size: samples of one step.
         tokens_before: clean tokens of the stages before it.
-        samples_before: samples of the stages before it that read the same data: the corpus, or this stage's own.
+        samples_before: samples of the stages before it that read the same data: the same blend; 0 with conversations.
+        first_position: ``stream_position`` of the first sample of its data: 0 for the run's blend; else far from the
+            run's and from other stages' positions, and the first of a global batch.
     """
 
     index: int
@@ -37,6 +40,7 @@ class Stage:
     global_batch_size: int
     tokens_before: int
     samples_before: int
+    first_position: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,13 +76,6 @@ class Stage:
         """Samples of this stage's data read before ``step`` of this stage."""
         return self.samples_before + (self.step_in_stage(step) - 1) * self.global_batch_size
 
-    @property
-    def first_chat_position(self) -> int:
-        """Stream position of the stage's first conversation sample: far from the corpus' and from other stages', and
-        the first of a global batch."""
-        position = (1 << 61) + (self.index << 48)
-        return position - position % self.global_batch_size
-
     def info(self) -> StageInfo:
         """The stage as callbacks see it."""
         return StageInfo(
@@ -109,10 +106,16 @@ def plan_stages(config: Config) -> tuple[Stage, ...]:
     if problems:
         raise ConfigError(problems)
     stages: list[Stage] = []
-    first_step, tokens_before, corpus_samples = 1, 0, 0
+    first_step, tokens_before = 1, 0
+    # Of each blend: samples taken so far, and the position of its first one. The run's is there from the beginning.
+    taken = {same_data(config.data, StageConfig()): 0}
+    positions = dict.fromkeys(taken, 0)
     for index, (name, stage) in enumerate(config.stages.items()):
         sequence_length = stage.sequence_length or config.data.sequence_length
         global_batch_size = stage.global_batch_size or config.train.global_batch_size
+        own_position = (1 << 61 if stage.chat is not None else 1 << 60) + (index << 48)
+        own_position -= own_position % global_batch_size
+        data = None if stage.chat is not None else same_data(config.data, stage)
         planned = Stage(
             index=index,
             name=name,
@@ -122,13 +125,14 @@ def plan_stages(config: Config) -> tuple[Stage, ...]:
             sequence_length=sequence_length,
             global_batch_size=global_batch_size,
             tokens_before=tokens_before,
-            samples_before=0 if stage.chat is not None else corpus_samples,
+            samples_before=0 if data is None else taken.setdefault(data, 0),
+            first_position=own_position if data is None else positions.setdefault(data, own_position),
         )
         stages.append(planned)
         first_step += planned.num_steps
         tokens_before += planned.tokens
-        if stage.chat is None:
-            corpus_samples += planned.num_steps * global_batch_size
+        if data is not None:
+            taken[data] += planned.num_steps * global_batch_size
     return tuple(stages)
 
 

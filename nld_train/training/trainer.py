@@ -16,9 +16,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager
 from nld_train.config.compose import to_dict
 from nld_train.config.schema import Config, DocumentMask, ObjectiveConfig, Sampler, Stratify
-from nld_train.data.dataset import SampleSource, SizedSource, ValidationSet
+from nld_train.data.dataset import SampleSource, SizedSource
 from nld_train.data.loader import LoaderBatch, TrainLoader
-from nld_train.data.prepared import TRAIN, PreparedCorpus
 from nld_train.errors import TrainingError
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import NoiseSpec, num_noisy_rows
@@ -56,11 +55,11 @@ class Trainer:
         model: Megatron's data-parallel wrapper of this rank's part of the model.
         optimizer: Megatron's distributed optimizer.
         sources: training samples of each stage, by its name.
-        validation: held-out samples of the corpus.
+        validation: held-out samples of the run's corpora.
         chat_validations: held-out conversations of each stage with chat, by its name.
         manager: writes the checkpoints.
         callbacks: listeners; nobody on every rank but 0.
-        corpus: its tokenizer and content are remembered in checkpoints.
+        blends: what each stage that reads corpora reads, by its name; remembered in checkpoints.
         chat_hashes: content of the conversations of each stage with chat, remembered, too.
         start_step: steps already done.
     """
@@ -72,11 +71,11 @@ class Trainer:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     sources: Mapping[str, SampleSource]
-    validation: ValidationSet
+    validation: SizedSource
     chat_validations: Mapping[str, SizedSource]
     manager: CheckpointManager
     callbacks: Callback
-    corpus: PreparedCorpus
+    blends: Mapping[str, Mapping[str, Any]]
     chat_hashes: Mapping[str, str]
     start_step: int = 0
 
@@ -94,7 +93,7 @@ class Trainer:
             if stage.config.reset_optimizer and first == stage.first_step:
                 reset_moments(self.optimizer)
             with clock.paused():
-                data = iter(self._train_loader(stage, first))
+                data = clock.waiting(iter(self._train_loader(stage, first)))
             for step in range(first, stage.last_step + 1):
                 result = self._step(stage, step, data)
                 logs = step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step)
@@ -283,7 +282,7 @@ class Trainer:
             config=to_dict(self.config),
             metrics={**record["means"], "lr": record["lr"], "grad_norm": record["grad_norm"]},
             tokenizer="../../tokenizer",  # of the run's folder, which may be moved as a whole
-            corpus_hash=self.corpus.part_hash(TRAIN),
+            blends={name: dict(blend) for name, blend in self.blends.items()},
             chat_hashes=dict(self.chat_hashes),
         )
         folder = self.manager.save(self.model, self.optimizer, info)

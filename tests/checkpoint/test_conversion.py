@@ -94,7 +94,7 @@ class Folder:
             del self.tensors[form["head"]]
         info = CheckpointInfo(
             step=0, tokens=0, stage="", samples=0, dtype="", model=self.model, parallel={}, config={}, metrics={},
-            tokenizer="", corpus_hash="",
+            tokenizer="",
         )  # fmt: skip
         text = hf_config(info, self.dtype) | {"architectures": [architecture], "tie_word_embeddings": self.is_tied}
         self.config = text

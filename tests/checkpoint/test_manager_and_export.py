@@ -52,7 +52,6 @@ def info_of(step: int, model: ModelConfig) -> CheckpointInfo:
         config={"objective": {"mask_token_id": 3, "block_size": 4, "diffusion_loss_weight": 0.3}},
         metrics={"loss": 1.0},
         tokenizer="",
-        corpus_hash="",
     )
 
 

@@ -40,6 +40,8 @@ def test_every_file_composes(file: Path, tmp_path: Path):
         world_size = 256
     if option in (*LARGE, "prepared"):
         extra = [f"data.corpus={tmp_path}"]
+    elif option == "blend":
+        extra = ["++data.blend={code:{corpus:stdlib,weight:0.7}}"]
     config = compose([choice, *extra], world_size=world_size)
 
     if group == "experiment":
@@ -57,7 +59,7 @@ def test_every_file_composes(file: Path, tmp_path: Path):
     elif group == "optim":
         assert config.optim.beta2 == written.beta2
     else:
-        assert config.data.corpus == (str(tmp_path) if option == "prepared" else option)
+        assert config.data.corpus == {"prepared": str(tmp_path), "blend": None}.get(option, option)
 
 
 @pytest.mark.parametrize(

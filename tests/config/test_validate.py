@@ -16,7 +16,7 @@ from nld_train.config.schema import (
     Sampler,
     Stratify,
 )
-from nld_train.config.validate import nearest, notices, validate
+from nld_train.config.validate import find_corpora, nearest, notices, validate
 from nld_train.errors import ConfigError, Problem
 
 
@@ -355,3 +355,84 @@ def test_a_stage_without_conversations_holds_none_out(tiny: Config):
 def test_a_stage_without_any_loss_is_refused(tiny: Config):
     config = changed(tiny, stages__ar__ar_loss_weight=0.0)
     assert "no loss is left" in at(validate(config, world_size=1), "stages.ar.ar_loss_weight").message
+
+
+def blended(tmp_path: Path, *weights: float, key: str = "data.blend", more: tuple[str, ...] = ()) -> list[str]:
+    """Overrides of a blend of folders, named a, b, ..."""
+    parts = []
+    for name, weight in zip("abcdef", weights, strict=False):
+        (tmp_path / name).mkdir(exist_ok=True)
+        parts.append(f"{name}:{{corpus:'{tmp_path / name}',weight:{weight}}}")
+    corpus = ["data.corpus=null"] if key == "data.blend" else []
+    return [*corpus, f"++{key}={{{','.join(parts)}}}", *more]
+
+
+def refusals(overrides: list[str]) -> dict[str, Problem]:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, world_size=1)
+    return {problem.location: problem for problem in caught.value.problems}
+
+
+def test_a_blend_composes(tmp_path: Path):
+    config = compose([*blended(tmp_path, 0.7, 3), *blended(tmp_path, 1, key="stages.joint.blend")], world_size=1)
+    assert [(name, part.weight) for name, part in config.data.blend.items()] == [("a", 0.7), ("b", 3.0)]
+    assert list(config.stages["joint"].blend) == ["a"]
+    assert config.stages["ar"].blend == {}
+
+
+def test_weights_that_mean_nothing_are_refused_at_once(tmp_path: Path):
+    stage = blended(tmp_path, -1, key="stages.joint.blend")
+    found = refusals([*blended(tmp_path, 0, -0.5, "nan", "inf", 1), *stage])
+    assert set(found) == {*(f"data.blend.{name}.weight" for name in "abcd"), "stages.joint.blend.a.weight"}
+    assert "0.0 must be greater than 0" in found["data.blend.a.weight"].message
+    assert "nan is not a finite number" in found["data.blend.c.weight"].message
+
+
+def test_one_corpus_or_a_blend(tmp_path: Path):
+    both = refusals(["data.corpus=stdlib", *blended(tmp_path, 1)[1:]])
+    assert set(both) == {"data.blend"}
+    neither = refusals(["data.corpus=null"])
+    assert set(neither) == {"data.corpus"}
+    compose(["data=prepared", f"data.corpus={tmp_path}"], world_size=1)  # what the first remedy says
+    chat = refusals([*blended(tmp_path, 1, key="stages.joint.blend"), "stages.joint.chat=stdlib_chat"])
+    assert set(chat) == {"stages.joint.blend"}
+
+
+def test_names_of_parts_are_plain(tmp_path: Path):
+    part = f"{{corpus:'{tmp_path}',weight:1}}"
+    assert set(refusals(["data.corpus=null", f"++data.blend={{9a:{part}}}"])) == {"data.blend.9a"}
+
+
+def test_corpora_that_are_not_there(tmp_path: Path):
+    (tmp_path / "web-0").mkdir()
+    names = {"a": tmp_path / "x" / "manifest.json", "b": tmp_path / "no-*", "c": tmp_path / "web-*", "d": "stdlb"}
+    parts = ",".join(f"{name}:{{corpus:'{corpus}',weight:1}}" for name, corpus in names.items())
+    found = refusals(["data.corpus=null", f"++data.blend={{{parts}}}"])
+    assert set(found) == {f"data.blend.{name}.corpus" for name in names}
+    for name, words in zip(
+        "abcd", ("manifest.json does not exist", "matches nothing", "web-0, which is not", "neither"), strict=True
+    ):
+        assert words in found[f"data.blend.{name}.corpus"].message
+    assert "did you mean data.blend.d.corpus=stdlib?" in found["data.blend.d.corpus"].remedy
+    for number in range(2):
+        (tmp_path / f"web-{number}").mkdir(exist_ok=True)
+        (tmp_path / f"web-{number}" / "manifest.json").touch()
+    pattern = f"++data.blend={{c:{{corpus:'{tmp_path}/web-*',weight:1}}}}"
+    compose(["data.corpus=null", pattern, "objective.mask_token_id=100"], world_size=1)
+    assert find_corpora("", f"{tmp_path}/web-*") == [f"{tmp_path}/web-0", f"{tmp_path}/web-1"]
+    assert find_corpora("", f"{tmp_path}/web-*/manifest.json") == [f"{tmp_path}/web-0", f"{tmp_path}/web-1"]
+    assert find_corpora("", f"{tmp_path}/web-1/manifest.json") == [f"{tmp_path}/web-1"]
+
+
+def test_a_shipped_corpus_in_a_blend_has_its_rules(tmp_path: Path):
+    part = "++data.blend={a:{corpus:stdlib,weight:1}}"
+    found = refusals(["data.corpus=null", part, "objective.mask_token_id=100", "model.vocab_size=200"])
+    assert "data.blend.a.corpus=stdlib" in found["objective.mask_token_id"].message
+    assert "data.blend.a.corpus=stdlib" in found["model.vocab_size"].message
+
+
+def test_a_part_alone_is_answered_with_how_to_write_it():
+    found = refusals(["data.corpus=null", "+data.blend.code.corpus=stdlib"])
+    assert "'++data.blend={NAME: {corpus: FOLDER, weight: 1}}'" in found["+data.blend.code.corpus=stdlib"].remedy
+    misspelt = refusals(["data.corpus=null", "++data.blend={a:{corpus:stdlib,wieght:1}}"])
+    assert "did you mean data.blend.a.weight?" in misspelt["data.blend.a.wieght"].remedy

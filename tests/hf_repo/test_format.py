@@ -107,7 +107,6 @@ def info_of(model: ModelConfig) -> CheckpointInfo:
         config={"objective": {"mask_token_id": 3, "block_size": 4, "diffusion_loss_weight": 0.5}},
         metrics={},
         tokenizer="",
-        corpus_hash="",
     )
 
 

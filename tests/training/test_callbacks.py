@@ -63,7 +63,13 @@ def _step(step: int, loss: float | None = None) -> dict[str, Any]:
         "diffusion_loss": 1.0 / step if is_joint else None,
     }
     return step_record(
-        step=step, stage=_stage(step).name, tokens=100 * step, means=means, lr=1e-3, grad_norm=0.5, lap=Lap(0.1, 1e3)
+        step=step,
+        stage=_stage(step).name,
+        tokens=100 * step,
+        means=means,
+        lr=1e-3,
+        grad_norm=0.5,
+        lap=Lap(0.1, 1e3, 0.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ class _Clock:
 
 def test_step_record_has_the_promised_fields() -> None:
     means = {**MEANS, "masked_share": 0.5}
-    record = step_record(step=3, stage="joint", tokens=96, means=means, lr=1e-3, grad_norm=0.7, lap=Lap(0.5, 64.0))
+    record = step_record(
+        step=3, stage="joint", tokens=96, means=means, lr=1e-3, grad_norm=0.7, lap=Lap(0.5, 64.0, 0.01)
+    )
     assert record == {
         "step": 3,
         "stage": "joint",
@@ -46,6 +49,7 @@ def test_step_record_has_the_promised_fields() -> None:
         "grad_norm": 0.7,
         "step_seconds": 0.5,
         "tokens_per_second": 64.0,
+        "data_seconds": 0.01,
         "masked_share": 0.5,
     }
     assert record.keys() >= TIMING_FIELDS
@@ -55,7 +59,13 @@ def test_step_record_has_the_promised_fields() -> None:
 def test_step_record_refuses_means_without_a_loss() -> None:
     with pytest.raises(KeyError, match="diffusion_loss"):
         step_record(
-            step=1, stage="ar", tokens=1, means={"loss": 1.0, "ar_loss": 1.0}, lr=1.0, grad_norm=1.0, lap=Lap(1.0, 1.0)
+            step=1,
+            stage="ar",
+            tokens=1,
+            means={"loss": 1.0, "ar_loss": 1.0},
+            lr=1.0,
+            grad_norm=1.0,
+            lap=Lap(1.0, 1.0, 0.0),
         )
 
 
@@ -76,11 +86,31 @@ def test_clock_measures_training_alone() -> None:
     with clock.paused():
         now.time += 50.0
     now.time += 2.0
-    assert clock.lap(12, 1300) == Lap(step_seconds=3.0, tokens_per_second=50.0)
+    assert clock.lap(12, 1300) == Lap(step_seconds=3.0, tokens_per_second=50.0, data_seconds=0.0)
     now.time += 1.0
-    assert clock.lap(13, 1400) == Lap(step_seconds=1.0, tokens_per_second=100.0)
+    assert clock.lap(13, 1400) == Lap(step_seconds=1.0, tokens_per_second=100.0, data_seconds=0.0)
     with pytest.raises(ValueError, match="step 13"):
         clock.lap(13, 1400)
+
+
+def test_waiting_for_data_is_counted_per_step() -> None:
+    """The time until an item is there and not what is done with it; also of the one that never comes."""
+    now = _Clock()
+    clock = StepClock(step=0, tokens=0, now=now)
+
+    def slow(delays: list[float]) -> Iterator[float]:
+        for delay in delays:
+            now.time += delay
+            yield delay
+        now.time += 0.5
+
+    data = clock.waiting(slow([3.0, 1.0, 2.0]))
+    for expected in (3.0, 1.0):
+        assert next(data) == expected
+        now.time += 10.0
+    assert clock.lap(2, 10) == Lap(step_seconds=12.0, tokens_per_second=10 / 24, data_seconds=2.0)
+    assert list(data) == [2.0]
+    assert clock.lap(3, 20) == Lap(step_seconds=2.5, tokens_per_second=4.0, data_seconds=2.5)
 
 
 def test_clock_pauses_when_the_pause_fails() -> None:
@@ -95,7 +125,7 @@ def test_clock_pauses_when_the_pause_fails() -> None:
     with pytest.raises(OSError):  # noqa: PT011 - ours, raised above
         fail()
     now.time += 2.0
-    assert clock.lap(1, 10) == Lap(2.0, 5.0)
+    assert clock.lap(1, 10) == Lap(2.0, 5.0, 0.0)
 
 
 def test_floats_survive_to_the_last_bit() -> None:

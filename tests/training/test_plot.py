@@ -49,7 +49,13 @@ def synthetic_records(seed: int = 0) -> list[dict[str, Any]]:
             lr = 2e-3 * min(1.0, inside / 20, (num_steps - inside + 1) / 40)
             records.append(
                 step_record(
-                    step=step, stage=stage, tokens=4096 * step, means=means, lr=lr, grad_norm=1.0, lap=Lap(0.1, 4e4)
+                    step=step,
+                    stage=stage,
+                    tokens=4096 * step,
+                    means=means,
+                    lr=lr,
+                    grad_norm=1.0,
+                    lap=Lap(0.1, 4e4, 0.0),
                 )
             )
             if inside in (1, num_steps) or step % 50 == 0:

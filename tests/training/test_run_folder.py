@@ -1,6 +1,8 @@
 """What a run may be resumed with."""
 
 from copy import deepcopy
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,19 @@ import pytest
 
 from nld_train.checkpoint.manager import CheckpointInfo
 from nld_train.config.compose import to_dict
-from nld_train.config.schema import Config, DataConfig, ModelConfig, RunConfig, Sampler, StageConfig, TrainConfig
-from nld_train.errors import ConfigError
-from nld_train.training.run_folder import check_resumable
+from nld_train.config.schema import (
+    BlendPart,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    Sampler,
+    StageConfig,
+    TrainConfig,
+)
+from nld_train.data.blend import Blend, BlendEntry
+from nld_train.errors import ConfigError, DataError
+from nld_train.training.run_folder import check_resumable, check_same_data
 from nld_train.training.stages import plan_stages
 
 CHECKPOINT = Path("runs/some/checkpoints/step_00000006")
@@ -51,7 +63,7 @@ def _refused(step: int, stage: str, changed: Config) -> list[str]:
     config = _config()
     info = CheckpointInfo(
         step=step, tokens=0, stage=stage, samples=0, dtype="float32", model=config.model, parallel={},
-        config=to_dict(config), metrics={}, tokenizer="", corpus_hash="",
+        config=to_dict(config), metrics={}, tokenizer="",
     )  # fmt: skip
     try:
         check_resumable(info, changed, plan_stages(changed), CHECKPOINT)
@@ -96,3 +108,68 @@ def test_the_objective_is_kept_but_for_alpha() -> None:
     config.objective.sampler, config.objective.noisy_fraction = Sampler.uniform_count, 0.25
     config.objective.diffusion_loss_weight = 0.7
     assert set(_refused(6, "joint", config)) == {"objective.sampler", "objective.noisy_fraction"}
+
+
+def test_a_changed_blend_is_refused_and_a_new_stage_may_have_one() -> None:
+    """Named by the part and what is different about it; only a stage that has not begun may change its blend."""
+    own = {"code": BlendPart(corpus="one", weight=0.7), "prose": BlendPart(corpus="two", weight=0.3)}
+    config = _config()
+    config.data.corpus = "other"
+    assert _refused(6, "joint", config) == ["data.corpus"]
+    config = _config()
+    config.data.corpus, config.data.blend = None, own
+    assert set(_refused(6, "joint", config)) == {"data.corpus", "data.blend.code", "data.blend.prose"}
+    assert set(_refused(6, "joint", _changed("joint", blend=own))) == {
+        "stages.joint.blend.code", "stages.joint.blend.prose",
+    }  # fmt: skip
+    assert _refused(2, "sft", _changed("joint", blend=own)) == []
+    config = _config()
+    config.stages["anneal"] = StageConfig(diffusion_loss_weight=0.3, tokens=64, lr=1e-3, min_lr=0.0, blend=own)
+    assert _refused(6, "joint", config) == []
+    config.stages["joint"].blend = own
+    assert all(key.startswith("stages.joint.blend.") for key in _refused(6, "joint", config))
+
+
+@dataclass
+class _Corpus:
+    """What a blend's description asks a corpus for."""
+
+    folder: Path
+    tokens_hash: str
+
+    def part_hash(self, part: str) -> str:
+        return self.tokens_hash
+
+
+def _blend(**parts: tuple[str, Fraction]) -> Blend:
+    return Blend(
+        entries=tuple(
+            BlendEntry(name=name, weight=weight, corpora=(_Corpus(Path("data") / name, content),))  # type: ignore[arg-type]
+            for name, (content, weight) in parts.items()
+        )
+    )
+
+
+def test_changed_contents_are_refused_by_name() -> None:
+    half, third, rest = Fraction(1, 2), Fraction(1, 3), Fraction(2, 3)
+    config = _config()
+    stages = plan_stages(config)
+    kept = _blend(code=("a", half), prose=("b", half))
+    info = CheckpointInfo(
+        step=6, tokens=0, stage="joint", samples=0, dtype="float32", model=config.model, parallel={},
+        config=to_dict(config), metrics={}, tokenizer="", blends={"joint": kept.describe()},
+    )  # fmt: skip
+    check_same_data(info, {"joint": kept}, {}, stages, CHECKPOINT)
+    for changed, words in (
+        (_blend(code=("a", third), prose=("b", rest)), ["part code is 1/3, it was 1/2", "part prose is 2/3"]),
+        (_blend(code=("x", half), prose=("b", half)), ["tokens of part code (data/code)", "have hash"]),
+        (_blend(code=("a", Fraction(1))), ["part prose has gone", "part code is 1, it was 1/2"]),
+        (_blend(code=("a", half), prose=("b", half), more=("c", half)), ["part more has come"]),
+    ):
+        with pytest.raises(DataError) as caught:
+            check_same_data(info, {"joint": changed}, {}, stages, CHECKPOINT)
+        for word in words:
+            assert word in str(caught.value)
+        assert "new stage" in caught.value.problems[0].remedy
+    info.step, info.stage, info.blends = 2, "sft", {}  # the joint stage has not begun: its blend is free
+    check_same_data(info, {"joint": kept}, {}, stages, CHECKPOINT)

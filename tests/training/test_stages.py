@@ -2,7 +2,7 @@
 
 import pytest
 
-from nld_train.config.schema import Config, DataConfig, StageConfig, TrainConfig
+from nld_train.config.schema import BlendPart, Config, DataConfig, StageConfig, TrainConfig
 from nld_train.errors import ConfigError
 from nld_train.training.stages import plan_stages, stage_of_step, tokens_at
 
@@ -76,6 +76,26 @@ def test_a_stage_with_conversations_counts_its_own_samples() -> None:
     assert [first.consumed_samples(step) for step in (1, 4)] == [0, 12]
     assert chat.consumed_samples(5) == 0
     assert last.consumed_samples(6) == 16  # of the corpus, which the conversations do not touch
-    assert chat.first_chat_position % 2 == 0
-    assert chat.first_chat_position > 2**60
-    assert last.first_chat_position - chat.first_chat_position > 2**40
+    assert chat.first_position % 2 == 0
+    assert chat.first_position > 2**60
+    assert first.first_position == last.first_position == 0
+
+
+def test_stages_that_share_a_blend_go_on_where_the_last_one_stopped() -> None:
+    """The run's, a stage's own, and one that says the same as another in other words."""
+    config = _config(100, 40, 64, 32, 96)
+    own = {"x": BlendPart(corpus="one", weight=0.7), "y": BlendPart(corpus="two", weight=0.3)}
+    same = {"b": BlendPart(corpus="two", weight=3), "a": BlendPart(corpus="one", weight=7)}
+    config.stages["stage_1"].blend = own
+    config.stages["stage_3"].blend = same
+    config.stages["stage_4"].blend = {"all": BlendPart(corpus="stdlib", weight=2)}  # the run's corpus
+    stages = plan_stages(config)
+    assert [stage.num_steps * 4 for stage in stages] == [16, 8, 8, 4, 12]
+    assert [stage.samples_before for stage in stages] == [0, 0, 16, 8, 24]
+    positions = [stage.first_position for stage in stages]
+    assert positions[0] == positions[2] == positions[4] == 0
+    assert positions[1] == positions[3] > 2**59  # noise that no other stage draws
+    assert positions[1] % 4 == 0
+    config.stages["stage_3"].blend["b"].weight = 4
+    assert plan_stages(config)[3].samples_before == 0
+    assert plan_stages(config)[3].first_position - positions[1] > 2**40
