@@ -4,7 +4,8 @@
     python scripts/estimator_variance.py runs/tiny --draws 100
 
 Everything but the noise is fixed: the newest checkpoint of RUN_DIR and --sequences samples of its corpus. Variances are
-relative to the recipe's estimator (bernoulli), which comes first. Prints a Markdown table.
+relative to the recipe's estimator (bernoulli), which comes first; with --only, to the first one named. Prints a
+Markdown table.
 """
 
 import argparse

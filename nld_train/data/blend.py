@@ -19,12 +19,12 @@ from nld_train.config.schema import BlendPart, DataConfig
 from nld_train.config.validate import find_corpora
 from nld_train.data.chat import tokenizer_hash
 from nld_train.data.dataset import (
-    VALIDATION_POSITIONS_START,
     IndexedSource,
     Sample,
     SizedSource,
     TrainStream,
     ValidationSet,
+    validation_position,
 )
 from nld_train.data.prepare import prepare
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus
@@ -382,7 +382,7 @@ class BlendValidation:
         source = self._sets[part]
         assert source is not None  # it has as many samples as the order has of this part
         sample = source[own]
-        sample["stream_position"] = VALIDATION_POSITIONS_START + index
+        sample["stream_position"] = validation_position(index, self._num_samples)
         return sample
 
 

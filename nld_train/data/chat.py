@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from nld_train.data.dataset import VALIDATION_POSITIONS_START, Sample, check_sample
+from nld_train.data.dataset import Sample, check_sample, validation_position
 from nld_train.data.files import found_or_built, sha256_of_file
 from nld_train.data.prepared import MANIFEST_NAME, FileStats
 from nld_train.data.progress import PrepareProgress
@@ -203,7 +203,8 @@ class ChatEncoder:
         for first, end in spans:
             if mark is not None:
                 first, end = (place - text.count(mark, 0, place) for place in (first, end))
-            is_supervised |= (offsets[:, 0] >= first) & (offsets[:, 0] < end)
+            # A token that begins before the span and ends in it counts, as in transformers: " Yes" after "assistant:".
+            is_supervised |= (offsets[:, 1] > first) & (offsets[:, 0] < end)
         if not self._has_markers:
             for number, message in enumerate(messages):
                 if message["role"] == "assistant":
@@ -749,7 +750,7 @@ class ChatValidation:
             self._chat,
             self._conversations[self._starts[index] : self._starts[index + 1]],
             sequence_length=self._sequence_length,
-            stream_position=VALIDATION_POSITIONS_START + index,
+            stream_position=validation_position(index, len(self)),
             mask_token_id=self._mask_token_id,
             name=f"sample {index} of the held-out conversations",
         )

@@ -29,7 +29,14 @@ from nld_train.errors import DataError
 logger = logging.getLogger(__name__)
 
 VALIDATION_POSITIONS_START = 1 << 62
-"""Stream positions of validation samples start here: no training sample ever draws the same noise."""
+"""Stream positions of validation samples start here or up to a set's length before: no training sample ever draws the
+same noise."""
+
+
+def validation_position(index: int, num_samples: int) -> int:
+    """Stream position of validation sample ``index``. The first is a multiple of the set's length, so that the whole
+    set is one batch to noise that is spread evenly over a batch."""
+    return VALIDATION_POSITIONS_START - VALIDATION_POSITIONS_START % num_samples + index
 
 
 class Sample(TypedDict):
@@ -305,7 +312,7 @@ class ValidationSet:
         sample = _text_sample(
             text[:-1].contiguous(),
             text[1:].contiguous(),
-            VALIDATION_POSITIONS_START + index,
+            validation_position(index, self._num_samples),
             self._corpus.manifest.eos_token_id if self._document_mask else None,
         )
         _check_text_sample(sample, self._corpus, VALIDATION, index, self._mask_token_id)

@@ -46,7 +46,6 @@ class Spread:
         loss_mean, loss_error: mean and its standard error.
         loss_variance: of one draw.
         gradient_variance: trace of the covariance of the gradient of one draw.
-        gradient_square: squared norm of the mean gradient, less the bias that the variance gives it.
         masked_share: masked tokens by clean tokens.
         noisy_rows: noisy rows by clean tokens: what a step costs beyond an AR step.
         largest_weight: over all draws.
@@ -58,7 +57,6 @@ class Spread:
     loss_error: float
     loss_variance: float
     gradient_variance: float
-    gradient_square: float
     masked_share: float
     noisy_rows: float
     largest_weight: float
@@ -155,7 +153,6 @@ def measure(
         loss_error=math.sqrt(variance / num_draws),
         loss_variance=variance,
         gradient_variance=gradient_variance,
-        gradient_square=(mean_square - gradient_variance) / num_draws,
         masked_share=masked / num_draws,
         noisy_rows=rows / (num_draws * len(samples) * samples[0]["tokens"].shape[0]),
         largest_weight=largest,

@@ -34,8 +34,8 @@ class Run:
         return int(self.settings["run.seed"])
 
     def final(self, name: str) -> float:
-        """The last validation's value."""
-        return float(self.metrics.validations[-1][name])
+        """The last validation's value; nan where it was not finite."""
+        return _number(self.metrics.validations[-1][name])
 
     def work(self, tokens: int) -> float:
         """Work until ``tokens`` clean tokens were consumed, in tokens of an AR step.
@@ -51,6 +51,11 @@ class Run:
             total += used * (1.0 + rows * is_joint)
             left -= used
         return total
+
+
+def _number(value: float | None) -> float:
+    """A value of a record, in which null stands for a number that is not finite."""
+    return math.nan if value is None else float(value)
 
 
 def _stage_tokens(metrics: RunMetrics) -> dict[str, int]:
@@ -218,4 +223,4 @@ def mean_curve(runs: Sequence[Run], name: str) -> tuple[list[float], list[float]
     by_step = [{record["step"]: record for record in run.metrics.validations} for run in runs]
     steps = sorted(set.intersection(*(set(records) for records in by_step)))
     work = [runs[0].work(by_step[0][step]["tokens"]) for step in steps]
-    return work, [math.fsum(records[step][name] for records in by_step) / len(runs) for step in steps]
+    return work, [math.fsum(_number(records[step][name]) for records in by_step) / len(runs) for step in steps]

@@ -121,8 +121,7 @@ def loss_terms(
     terms.ratio_sum = batch.sequence_ratios.sum()
     terms.ratio_square_sum = batch.sequence_ratios.square().sum()
     terms.num_sequences = batch.is_supervised.any(dim=1).sum().to(torch.float64)
-    # The tolerance keeps 0.3 in the third bucket, whichever way 3/10 was rounded.
-    buckets = (batch.mask_ratios * NUM_BUCKETS - 1e-4).ceil().sub(1).clamp(0, NUM_BUCKETS - 1).to(torch.int64)
+    buckets = (batch.mask_ratios * NUM_BUCKETS).ceil().sub(1).clamp(0, NUM_BUCKETS - 1).to(torch.int64)
     counted = is_masked.to(torch.float64)
     for total, values in (
         (terms.bucket_sum, noisy_losses * counted),

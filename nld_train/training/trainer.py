@@ -126,10 +126,9 @@ class Trainer:
     def _noise(self, stage: Stage) -> NoiseSpec:
         return noise_spec(self.config.objective, seed=self.config.run.seed, global_batch_size=stage.global_batch_size)
 
-    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch]) -> "_StepResult":
-        """One optimizer step."""
+    def _shape(self, stage: Stage) -> StepShape:
+        """What a step of the stage is cut into; the rows of a micro-batch where all have as many."""
         train = self.config.train
-        num_microbatches = stage.global_batch_size // (train.micro_batch_size * self.topology.data_parallel_size)
         has_chat = stage.config.chat is not None
         has_documents = has_chat or self.config.data.document_mask is DocumentMask.boundary
         noisy_rows: int | None = 0
@@ -137,15 +136,20 @@ class Trainer:
             noisy_rows = num_noisy_rows(
                 self._noise(stage), stage.sequence_length, has_documents=has_documents, has_gaps=has_chat
             )
-        shape = StepShape(
-            num_microbatches=num_microbatches,
+        return StepShape(
+            num_microbatches=stage.global_batch_size // (train.micro_batch_size * self.topology.data_parallel_size),
             micro_batch_size=train.micro_batch_size,
             num_rows=None if noisy_rows is None else noisy_rows + stage.sequence_length,
         )
+
+    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch]) -> "_StepResult":
+        """One optimizer step."""
+        train = self.config.train
+        shape = self._shape(stage)
         weights = LossWeights(ar=stage.config.ar_loss_weight, diffusion=stage.config.diffusion_loss_weight)
         term_norms: dict[str, float] = {}
         if stage.is_joint and train.term_norm_interval and step % train.term_norm_interval == 0:
-            batches = list(islice(data, num_microbatches))
+            batches = list(islice(data, shape.num_microbatches))
             for name, alone in (("ar", replace(weights, diffusion=0.0)), ("diffusion", replace(weights, ar=0.0))):
                 self._accumulate(iter(batches), shape, alone)
                 term_norms[f"{name}_grad_norm"] = gradient_norm(self.optimizer)

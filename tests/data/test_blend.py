@@ -30,7 +30,7 @@ from nld_train.data.blend import (
     train_stream,
     validation_samples,
 )
-from nld_train.data.dataset import VALIDATION_POSITIONS_START, TrainStream
+from nld_train.data.dataset import TrainStream, validation_position
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.data.prepared import PreparedCorpus
 from nld_train.data.progress import PrepareProgress
@@ -406,7 +406,7 @@ def test_validation_has_the_proportions(blend: Blend, write_two: tuple[PreparedC
     validation = validation_samples(blend, sequence_length=L, num_samples=50, mask_token_id=MASK, document_mask=False)
     assert len(validation) == 50
     found = [validation[index] for index in range(50)]
-    assert [sample["stream_position"] - VALIDATION_POSITIONS_START for sample in found] == list(range(50))
+    assert [sample["stream_position"] for sample in found] == [validation_position(i, 50) for i in range(50)]
     expected = []
     for corpus, count in zip(write_two, (35, 15), strict=True):
         text = corpus.tokens("validation").astype(np.int64)

@@ -30,7 +30,7 @@ from nld_train.data.chat import (
     split_conversations,
 )
 from nld_train.data.corpora import CorpusText
-from nld_train.data.dataset import VALIDATION_POSITIONS_START, Sample
+from nld_train.data.dataset import Sample, validation_position
 from nld_train.data.progress import PrepareProgress
 from nld_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from nld_train.errors import DataError
@@ -146,6 +146,23 @@ def test_markers_mean_what_transformers_says(folder: Path, messages: list[Messag
     ids, is_supervised = _encoder(folder).encode(messages, "here")
     assert ids.tolist() == expected["input_ids"]
     assert is_supervised.tolist() == [bool(value) for value in expected["assistant_masks"]]
+
+
+def test_a_token_that_begins_in_the_header_and_ends_in_the_answer_is_supervised(make_folder: MakeFolder) -> None:
+    """The space before the marker is merged into the answer's first word."""
+    folder = make_folder(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}b: {% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}a:{{ m['content'] }}\n{% endif %}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [token[1:] for token in tokenizer.get_vocab() if token.startswith("Ġ") and token[1:].isalpha()]
+    assert len(words) > 5
+    for content in (words[0], f"{words[1]} {words[2]}"):
+        messages = [HELLO, Message(role="assistant", content=content)]
+        ids, is_supervised = _encoder(folder).encode(messages, "here")
+        expected = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        assert is_supervised.tolist() == [bool(value) for value in expected["assistant_masks"]]
+        assert tokenizer.decode(ids[is_supervised]) == f" {content}"
 
 
 def test_what_is_supervised_is_what_follows_the_generation_prompt(make_folder: MakeFolder) -> None:
@@ -637,7 +654,7 @@ def test_held_out_conversations() -> None:
     for index in range(available):
         sample = held[index]
         _check_layout(sample, length)
-        assert sample["stream_position"] == VALIDATION_POSITIONS_START + index
+        assert sample["stream_position"] == validation_position(index, available)
         seen += [tokens for _, tokens, supervised in _pieces(sample) if any(supervised)]
     assert seen == [_conversation(chat, number, length)[0] for number in held_out]
     assert torch.equal(validation(1)[0]["tokens"], held[0]["tokens"])

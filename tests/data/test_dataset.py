@@ -11,9 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nld_train.data.dataset import VALIDATION_POSITIONS_START, TrainStream, ValidationSet
+from nld_train.data.dataset import TrainStream, ValidationSet, validation_position
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus
 from nld_train.errors import DataError
+from nld_train.objective.noise import stratified_levels
 
 L = 48
 SEED = 7
@@ -289,10 +290,20 @@ def test_validation_set_is_the_beginning_of_its_file(corpus: PreparedCorpus) -> 
         assert sample["tokens"].tolist() == text[index * L : (index + 1) * L].tolist()
         assert sample["labels"].tolist() == text[index * L + 1 : (index + 1) * L + 1].tolist()
         assert sample["loss_mask"].tolist() == [1.0] * L
-        assert sample["stream_position"] == VALIDATION_POSITIONS_START + index
+        assert sample["stream_position"] == validation_position(index, 5)
     for outside in (-1, 5):
         with pytest.raises(IndexError):
             validation[outside]
+
+
+def test_a_validation_set_is_one_batch_to_spread_noise() -> None:
+    """Its levels have no gap wider than one in as many as there are."""
+    for num_samples in (48, 60, 64, 100):
+        positions = [validation_position(index, num_samples) for index in range(num_samples)]
+        assert min(positions) > 2**61
+        levels = np.array([stratified_levels(7, position, num_samples, 1)[0] for position in positions])
+        gaps = np.diff(np.sort(levels), append=levels.min() + 1)
+        assert gaps.max() == pytest.approx(1 / num_samples), num_samples
 
 
 def test_too_many_validation_samples_are_refused(corpus: PreparedCorpus) -> None:

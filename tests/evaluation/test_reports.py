@@ -84,6 +84,25 @@ def test_a_stage_of_some_runs_is_one_difference(sweep: Path) -> None:
     assert list(group_runs(runs, ["stages"])) == [("ar+joint+extra",), ("ar+joint",)]
 
 
+def test_two_noisy_copies_are_twice_the_noisy_rows(sweep: Path) -> None:
+    config = sweep / "b1/config.yaml"
+    config.write_text(config.read_text().replace("complementary: false", "complementary: true"))
+    [run] = find_runs([sweep / "b1"])
+    assert run.work(300) == 100 + 200 * (1 + 2 * 0.5)
+
+
+def test_a_loss_that_is_not_finite_is_nan_in_the_table(sweep: Path) -> None:
+    for folder in ("a1", "a2"):
+        metrics = sweep / folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[-1]["val_ar_loss"] = None
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = find_runs([sweep])
+    assert "nan" in comparison_table(runs)
+    _, curve = mean_curve([run for run in runs if run.folder.name.startswith("a")], "val_ar_loss")
+    assert [math.isnan(value) for value in curve] == [False, True]
+
+
 def test_a_run_that_is_not_finished_is_refused(sweep: Path) -> None:
     """Its last validation is of another step than the others'."""
     metrics = sweep / "b2/metrics.jsonl"

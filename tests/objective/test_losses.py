@@ -227,6 +227,8 @@ def test_a_sequence_without_supervision_counts_for_nothing() -> None:
     batch.ar_weights[1] = 0
     assert num_tokens(batch, SEQUENCE).item() == 2
     assert torch.isfinite(row_weights(batch, SEQUENCE, ALPHA)).all()
+    terms = terms_of(batch, torch.ones(batch.tokens.shape), torch.ones(batch.tokens.shape, dtype=torch.bool), SEQUENCE)
+    assert terms.num_sequences == 2  # of those over which the masked share spreads
 
 
 def test_global_averaging_does_not_depend_on_the_split_into_micro_batches() -> None:

@@ -3,8 +3,10 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
+import nld_train.objective.noise as noise_module
 from nld_train.objective.noise import NoiseSpec, corrupt, uniforms
 
 SPEC = NoiseSpec(mask_token_id=100, eps=1e-3, seed=1234, block_size=8)
@@ -12,6 +14,19 @@ SPEC = NoiseSpec(mask_token_id=100, eps=1e-3, seed=1234, block_size=8)
 
 def tokens_of(num_sequences: int, length: int) -> torch.Tensor:
     return 1000 + torch.arange(num_sequences * length).reshape(num_sequences, length)
+
+
+def test_a_sum_that_rounds_up_chooses_no_block_too_many(monkeypatch: pytest.MonkeyPatch):
+    """2050 and the largest fraction that is drawn, 1 - 2^-53, add up to 2051 in float64: a block the layout lacks."""
+    largest = 1.0 - 2.0**-53
+
+    def draws(_seed: int, _position: int, count: int, *_stream: int) -> np.ndarray:
+        return np.full(count, largest)
+
+    monkeypatch.setattr(noise_module, "uniforms", draws)
+    spec = NoiseSpec(mask_token_id=9, eps=1e-3, seed=1, block_size=2, noisy_fraction=0.5)
+    corruption = corrupt(torch.zeros(1, 8200, dtype=torch.int64), torch.tensor([0]), spec)
+    assert (corruption.places >= 0).sum() == 4100  # rows of 2050 of the 4100 blocks
 
 
 def test_uniforms_are_pinned():

@@ -67,16 +67,16 @@ def test_a_stage_with_conversations_counts_its_own_samples() -> None:
     config = _config(100, 40, 64)
     config.stages["stage_1"].chat = "stdlib_chat"
     config.stages["stage_1"].sequence_length = 20
-    config.stages["stage_1"].global_batch_size = 2
+    config.stages["stage_1"].global_batch_size = 3
     first, chat, last = plan_stages(config)
     assert (first.num_steps, chat.num_steps, last.num_steps) == (4, 1, 2)
-    assert (chat.tokens_per_step, chat.tokens_before, last.tokens_before) == (40, 128, 168)
+    assert (chat.tokens_per_step, chat.tokens_before, last.tokens_before) == (60, 128, 188)
     assert tokens_at((first, chat, last), 0) == 0
-    assert [tokens_at((first, chat, last), step) for step in (1, 4, 5, 6, 7)] == [32, 128, 168, 200, 232]
+    assert [tokens_at((first, chat, last), step) for step in (1, 4, 5, 6, 7)] == [32, 128, 188, 220, 252]
     assert [first.consumed_samples(step) for step in (1, 4)] == [0, 12]
     assert chat.consumed_samples(5) == 0
     assert last.consumed_samples(6) == 16  # of the corpus, which the conversations do not touch
-    assert chat.first_position % 2 == 0
+    assert chat.first_position % 3 == 0  # its first batch is one to noise that is spread over a batch
     assert chat.first_position > 2**60
     assert first.first_position == last.first_position == 0
 
