@@ -17,20 +17,25 @@ import json
 import multiprocessing
 import os
 import platform
+import random
+import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import resources
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -46,7 +51,10 @@ from nld_train.config.schema import (
     Sampler,
     Stratify,
 )
+from nld_train.data.corpora import CORPORA
+from nld_train.data.encoding import TextEncoder
 from nld_train.data.loader import LoaderBatch
+from nld_train.data.tokenizer import convert_tekken, load_tokenizer
 from nld_train.model.attention import joint_attention, resolve_backend
 from nld_train.model.build import build_model
 from nld_train.objective.noise import Corruption, corrupt
@@ -787,16 +795,69 @@ def data_suite(_device: torch.device) -> Iterator[Comparison]:
     )
 
 
+def prepare_suite(device: torch.device, *, megabytes: int = 100) -> Iterator[Comparison]:
+    """Text in JSONL to a prepared corpus, with the Tekken tokenizer that mistral-common ships, against the plain call
+    of the Hugging Face tokenizer on texts in memory. Both use all cores; ours starts, reads, hashes and writes files.
+    The results that are compared are the counts of every token."""
+    tekken = Path(str(resources.files("mistral_common"))) / "data" / "tekken_240911.json"
+    modules = [document.text for document in CORPORA["stdlib"]().read().documents]
+    rng = random.Random(0)
+    texts: list[str] = []
+    size = 0
+    while size < megabytes * 10**6:
+        module = rng.choice(modules)
+        start = rng.randrange(len(module))
+        texts.append(module[start : start + rng.randrange(500, 8000)])
+        size += len(texts[-1].encode("utf-8"))
+    workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="benchmark_prepare_") as name:
+        folder = Path(name)
+        convert_tekken(tekken, folder / "tokenizer")
+        # The plain call makes special ids of texts that spell special tokens: there the two are not to agree.
+        special = re.compile("|".join(map(re.escape, TextEncoder.from_folder(folder / "tokenizer").special_ids)))
+        texts = [text for text in texts if not special.search(text)]
+        with (folder / "texts.jsonl").open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        eos = tokenizer.eos_token_id
+
+        def call() -> Sequence[Tensor]:
+            counts = np.zeros(len(tokenizer), dtype=np.int64)
+            for start in range(0, len(texts), 1000):
+                ids = tokenizer(texts[start : start + 1000])["input_ids"]
+                counts += np.bincount(np.concatenate(ids), minlength=len(counts))
+            counts[eos] += len(texts)
+            return [torch.from_numpy(counts)]
+
+        def prepare() -> Sequence[Tensor]:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")), "prepare", str(folder / "out")]
+            command += ["--input", str(folder / "texts.jsonl"), "--tokenizer", str(folder / "tokenizer")]
+            command += ["--workers", str(workers), "--shard-mb", str(megabytes / (4 * workers))]
+            subprocess.run(command, check=True, capture_output=True)
+            return [torch.from_numpy(np.load(folder / "out" / "token_counts.npy"))]
+
+        yield Comparison(
+            title=f"{size / 1e6:.0f} MB of text to tokens, Tekken, {workers} cores",
+            variants={"Hugging Face call": call, "prepare_data.py": prepare},
+            tolerance=0.0,
+            required={"prepare_data.py": 3.0},
+            unit="s",
+            unit_scale=1.0,
+        )
+
+
 SUITES: dict[str, Suite] = {
     "attention": attention_suite,
     "layouts": layouts_suite,
     "step": step_suite,
     "data": data_suite,
     "convert": convert_suite,
+    "prepare": prepare_suite,
     "head": head_suite,
     "convert-3b": partial(convert_suite, num_layers=26, vocab_size=131072),
 }
-DEFAULT_SUITES = ["attention", "layouts", "step", "data", "convert"]  # the other one writes 23 GB
+DEFAULT_SUITES = ["attention", "layouts", "step", "data", "convert"]  # others take minutes; convert-3b writes 23 GB
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

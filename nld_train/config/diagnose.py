@@ -282,7 +282,8 @@ def _one_by_one(overrides: list[str], compose: Compose, problems: list[Problem])
         except COMPOSITION_ERRORS as error:
             plain = override.lstrip("+")
             if blend := re.match(r"data\.blend|stages\.[^.=]+\.blend", plain):
-                remedy = f"give new parts of a blend together: '++{blend[0]}={{NAME: {{corpus: FOLDER, weight: 1}}}}'"
+                empty = "data=blend " if plain.startswith("data.") else ""
+                remedy = f"name parts together: {empty}'++{blend[0]}={{NAME: {{corpus: FOLDER, weight: 1}}}}'"
             elif override.startswith("+"):
                 remedy = f"without the plus sign: {plain}"
             elif "@" in override and not override.startswith("~"):

@@ -28,7 +28,7 @@ from nld_train.config.schema import (
 from nld_train.errors import Problem
 
 # The tokenizer that is trained on a shipped corpus gives these ids to its special tokens and one to every byte.
-SHIPPED_CORPORA = ("stdlib",)
+SHIPPED_CORPORA = ("python_code", "python_prose", "stdlib")
 SHIPPED_MASK_TOKEN_ID = 3
 SHIPPED_CHATS = ("stdlib_chat",)
 SHIPPED_MIN_VOCAB_SIZE = 5 + 256

@@ -65,14 +65,14 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
+            fsync(path)
         try:
             temporary.rename(folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         else:
-            _fsync(folder.parent)
+            fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -122,7 +122,8 @@ def found_or_built(
     return opened
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,28 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
 from nld_train.config.schema import DataConfig
-from nld_train.data.corpora import CORPORA, CorpusText, Document
-from nld_train.data.files import found_or_built, sha256_of_file
+from nld_train.data.corpora import CORPORA, CorpusSource, CorpusText
+from nld_train.data.encoding import TextEncoder, check_encoder
+from nld_train.data.files import found_or_built
 from nld_train.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     TRAIN,
     VALIDATION,
-    FileStats,
-    Manifest,
-    PartStats,
+    WORK_FOLDER,
     PreparedCorpus,
+    hash_of_tokenizer,
     open_prepared,
 )
 from nld_train.data.progress import PrepareProgress
-from nld_train.data.tokenizer import EOS_TOKEN_ID, encode_documents, save_tokenizer, train_tokenizer
+from nld_train.data.shards import finish, is_held_out, source_hash, write_shard
+from nld_train.data.tokenizer import EOS_TOKEN_ID, copy_tokenizer, save_tokenizer, train_tokenizer
 from nld_train.errors import DataError
 
 
@@ -54,7 +52,7 @@ def prepare(
             cache_dir=Path(data.cache_dir),
             progress=progress,
         )
-    elif (Path(corpus) / MANIFEST_NAME).is_file():
+    elif (Path(corpus) / MANIFEST_NAME).is_file() or (Path(corpus) / WORK_FOLDER).is_dir():
         prepared = open_prepared(Path(corpus))
     else:
         raise DataError(
@@ -68,26 +66,33 @@ def prepare(
 
 
 def prepare_text(
-    corpus: CorpusText,
+    corpus: CorpusSource,
     *,
     vocab_size: int,
     validation_fraction: float,
     cache_dir: Path,
     progress: PrepareProgress | None = None,
 ) -> PreparedCorpus:
-    """Tokenise a corpus of text with a tokenizer trained on it; see :func:`prepare`."""
+    """Tokenise a corpus of text with a tokenizer trained on it, or on it and others; see :func:`prepare`."""
     progress = progress or PrepareProgress()
     options: dict[str, int | float | str] = {
         "tokenizer": "byte-level BPE",
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
     }
-    content_hash = corpus.content_hash
-    key = json.dumps([FORMAT_VERSION, corpus.name, content_hash, options], sort_keys=True)
+    others = [CORPORA[name]() for name in corpus.tokenizer_corpora]
+    hashes = [corpus.content_hash, *(other.content_hash for other in others)]
+    key = json.dumps([FORMAT_VERSION, corpus.name, hashes, options], sort_keys=True)
     folder = cache_dir / f"{corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def build(temporary: Path) -> None:
-        _build(corpus, content_hash, options, vocab_size, validation_fraction, temporary, progress)
+        text = corpus.read()
+        if others:
+            tokenizer_folder = _shared_tokenizer(others, vocab_size, validation_fraction, cache_dir, progress)
+            copy_tokenizer(tokenizer_folder, temporary / "tokenizer")
+        else:
+            _train([text], vocab_size, validation_fraction, temporary / "tokenizer", progress)
+        _build(text, corpus.content_hash, options, vocab_size, validation_fraction, temporary, progress)
 
     return found_or_built(
         folder,
@@ -96,6 +101,64 @@ def prepare_text(
         summary=_summary,
         damaged="the cached corpus is damaged and will be built again",
         progress=progress,
+    )
+
+
+def _shared_tokenizer(
+    corpora: Sequence[CorpusSource],
+    vocab_size: int,
+    validation_fraction: float,
+    cache_dir: Path,
+    progress: PrepareProgress,
+) -> Path:
+    """The tokenizer of several corpora: the same files whichever of them is prepared first."""
+    hashes = [corpus.content_hash for corpus in corpora]
+    key = json.dumps([FORMAT_VERSION, hashes, vocab_size, validation_fraction])
+    folder = cache_dir / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def build(temporary: Path) -> None:
+        made = temporary / "tokenizer"
+        _train([corpus.read() for corpus in corpora], vocab_size, validation_fraction, made, progress)
+        (temporary / "sha256").write_text(hash_of_tokenizer(made), encoding="utf-8")
+
+    def open_folder(found: Path) -> Path:
+        path = found / "sha256"
+        if not path.is_file() or path.read_text(encoding="utf-8") != hash_of_tokenizer(found / "tokenizer"):
+            raise DataError(str(found), "is not the tokenizer that was written there", "remove the folder")
+        return found / "tokenizer"
+
+    names = " and ".join(corpus.name for corpus in corpora)
+    return found_or_built(
+        folder,
+        open_folder=open_folder,
+        build=build,
+        summary=lambda path: f"the tokenizer of {names}, in {path}",
+        damaged="the cached tokenizer is damaged and will be trained again",
+        progress=progress,
+    )
+
+
+def _train(
+    corpora: Sequence[CorpusText], vocab_size: int, validation_fraction: float, folder: Path, progress: PrepareProgress
+) -> None:
+    texts = [
+        document.text
+        for corpus in corpora
+        for document in corpus.documents
+        if not is_held_out(source_hash(document), validation_fraction)
+    ]
+    if not texts:
+        raise _nothing_left(corpora[0], validation_fraction)
+    total = sum(len(text.encode("utf-8")) for text in texts)
+    progress.phase("training the tokenizer", total_documents=len(texts), total_bytes=total)
+    save_tokenizer(train_tokenizer(_reported(texts, progress), vocab_size=vocab_size), folder)
+
+
+def _nothing_left(corpus: CorpusText, validation_fraction: float) -> DataError:
+    return DataError(
+        "data.validation_fraction",
+        f"{validation_fraction} leaves 0 documents of corpus {corpus.name} for training",
+        "choose a fraction between 0 and 1 that leaves documents on both sides",
     )
 
 
@@ -116,80 +179,36 @@ def _build(
     folder: Path,
     progress: PrepareProgress,
 ) -> None:
-    parts = split_documents(corpus, validation_fraction)
-    train_texts = [document.text for document in parts[TRAIN]]
-    progress.phase("training the tokenizer", total_documents=len(train_texts), total_bytes=_num_bytes(parts[TRAIN]))
-    tokenizer = train_tokenizer(_reported(train_texts, progress), vocab_size=vocab_size, num_texts=len(train_texts))
-    save_tokenizer(tokenizer, folder / "tokenizer")
-
-    dtype = DType.optimal_dtype(vocab_size)
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    stats = {}
-    all_documents = [*parts[TRAIN], *parts[VALIDATION]]
-    progress.phase("tokenising", total_documents=len(all_documents), total_bytes=_num_bytes(all_documents))
-    for part, documents in parts.items():
-        builder = IndexedDatasetBuilder(str(folder / f"{part}.bin"), dtype=dtype)
-        num_tokens = 0
-        texts = [document.text for document in documents]
-        for text, tokens in zip(texts, encode_documents(tokenizer, texts, eos_token_id=EOS_TOKEN_ID), strict=True):
-            counts += np.bincount(tokens, minlength=vocab_size)
-            builder.add_document(tokens, [len(tokens)])
-            num_tokens += len(tokens)
-            progress.advance(1, len(text.encode("utf-8")))
-        builder.finalize(str(folder / f"{part}.idx"))
-        stats[part] = PartStats(documents=len(documents), tokens=num_tokens)
-    np.save(folder / "token_counts.npy", counts)
-
-    files = {
-        path.relative_to(folder).as_posix(): FileStats(size=path.stat().st_size, sha256=sha256_of_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    Manifest(
-        format_version=FORMAT_VERSION,
+    """One shard of all documents, with the tokenizer that is in ``folder``."""
+    tokenizer_hash = hash_of_tokenizer(folder / "tokenizer")
+    encoder = TextEncoder.from_folder(folder / "tokenizer")
+    check_encoder(encoder, [])
+    total = sum(len(document.text.encode("utf-8")) for document in corpus.documents)
+    progress.phase("tokenising", total_documents=len(corpus.documents), total_bytes=total)
+    record = write_shard(
+        corpus.documents,
+        encoder,
+        folder=folder,
+        number=0,
+        eos_token_id=EOS_TOKEN_ID,
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+        tokenizer_hash=tokenizer_hash,
+        report=progress.advance,
+    )
+    finish(
+        folder,
+        [record],
         corpus=corpus.name,
         source=corpus.source,
         content_hash=content_hash,
-        text_bytes=_num_bytes(corpus.documents),
+        inputs=[],
         num_skipped=corpus.num_skipped,
         options=options,
         vocab_size=vocab_size,
         eos_token_id=EOS_TOKEN_ID,
-        dtype=np.dtype(dtype).name,
-        parts=stats,
-        files=files,
-    ).write(folder / MANIFEST_NAME)
-
-
-def split_documents(corpus: CorpusText, validation_fraction: float) -> dict[str, list[Document]]:
-    """Training and validation documents, chosen by the hash of the text: copies of a text land on the same side.
-
-    The training part keeps the corpus's order (it is shuffled when it is read). The validation part is in the order of
-    the hashes, so that its first samples, which validation reads, are a sample of the corpus and not the letter A.
-
-    Raises:
-        DataError: one of the parts would be empty.
-    """
-    train, validation = [], []
-    for document in corpus.documents:
-        digest = hashlib.sha256(document.text.encode("utf-8")).digest()
-        if int.from_bytes(digest[:8], "big") < validation_fraction * 2.0**64:
-            validation.append((digest, document))
-        else:
-            train.append(document)
-    if not train or not validation:
-        raise DataError(
-            "data.validation_fraction",
-            f"{validation_fraction} leaves {len(train)} documents of corpus {corpus.name} for training and "
-            f"{len(validation)} for validation",
-            "choose a fraction between 0 and 1 that leaves documents on both sides",
-        )
-    validation.sort(key=lambda pair: (pair[0], pair[1].name))
-    return {TRAIN: train, VALIDATION: [document for _, document in validation]}
-
-
-def _num_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(document.text.encode("utf-8")) for document in documents)
+        tokenizer_hash=tokenizer_hash,
+    )
 
 
 def _reported(texts: Iterable[str], progress: PrepareProgress) -> Iterator[str]:

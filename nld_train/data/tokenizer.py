@@ -1,14 +1,15 @@
-"""A byte-level BPE tokenizer trained on the corpus itself, saved as a Hugging Face tokenizer folder."""
+"""Tokenizer folders: a byte-level BPE trained on the corpus itself, a converted tekken.json, a copy of the user's."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nld_train.data.encoding import HARD_CASES, TextEncoder
 from nld_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MODEL_MAX_LENGTH = 262144
 """Tokens; a hint for users of the folder, as in Ministral3."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that decide what a tokenizer makes of a text or a conversation; an exported model's folder holds many more."""
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
@@ -58,7 +69,7 @@ whitespace that would merge with the newline of the header.
 """
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_texts: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE: every text can be encoded and comes back exactly.
 
     Nothing is added around a text: no beginning-of-text token, since documents are only ended (by ``</s>``).
@@ -66,7 +77,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_texts: int) ->
     Args:
         texts: the training documents.
         vocab_size: entries, special tokens included.
-        num_texts: length of ``texts``.
 
     Raises:
         DataError: ``vocab_size`` is smaller than the bytes need, or larger than the texts have merges for.
@@ -86,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_texts: int) ->
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=num_texts)
+    tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
             "model.vocab_size",
@@ -94,21 +104,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_texts: int) ->
             f"set model.vocab_size to at most {tokenizer.get_vocab_size()}, or use a larger corpus",
         )
     return tokenizer
-
-
-def encode_documents(
-    tokenizer: Tokenizer, texts: Sequence[str], *, eos_token_id: int, batch_size: int = 64
-) -> Iterator[np.ndarray]:
-    """Token ids of each text, ended by ``eos_token_id``: int64 [tokens + 1].
-
-    Text that looks like a special token (``</s>``, ``<mask>``) is encoded as the characters it is made of: a corpus
-    cannot end its own documents or mask its own tokens.
-    """
-    encoder = Tokenizer.from_str(tokenizer.to_str())
-    encoder.encode_special_tokens = True  # "encode them as ordinary text"
-    for start in range(0, len(texts), batch_size):
-        for encoding in encoder.encode_batch_fast(texts[start : start + batch_size], add_special_tokens=False):
-            yield np.array([*encoding.ids, eos_token_id], dtype=np.int64)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -138,9 +133,65 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     # Imported late: it takes seconds, and preparing a corpus does not need it.
     from transformers import AutoTokenizer
 
+    # A tekken.json beside it makes transformers choose a tokenizer of mistral-common's, which is no fast one.
+    options = {"mistral_format": False} if (folder / "tekken.json").is_file() else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the library raises bare Exception for malformed JSON
         raise DataError(
             str(folder / "tokenizer.json"), f"cannot be read: {error}", "prepare the corpus again"
         ) from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files that make a tokenizer from a Hugging Face folder, which may hold a whole model.
+
+    Raises:
+        DataError: there is no tokenizer.json.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise DataError(
+            str(source),
+            "has no tokenizer.json",
+            "name a Hugging Face folder with a fast tokenizer, a tekken.json, or train:SIZE",
+        )
+    folder.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def convert_tekken(path: Path, folder: Path) -> None:
+    """Write a Hugging Face tokenizer folder from Mistral's tekken.json, and see that both give the same ids.
+
+    Raises:
+        DataError: it is no tekken.json, or the ids differ.
+    """
+    # Imported late: they take seconds.
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    try:
+        converted: Any = convert_tekken_tokenizer(str(path))
+        original = Tekkenizer.from_file(path)
+    except Exception as error:  # a wrong file ends in whichever exception comes first
+        raise DataError(str(path), f"is no tekken.json: {error!r}", "name a tekken.json of Mistral's") from error
+    encoder = TextEncoder(converted.backend_tokenizer.to_str(), str(path))
+    for text, ids in zip(HARD_CASES, encoder.encode_reference(HARD_CASES), strict=True):
+        if original.encode(text, bos=False, eos=False) != ids.tolist():
+            raise DataError(
+                str(path),
+                f"the converted tokenizer and mistral-common differ in {text[:40]!r}",
+                "install the versions of transformers and mistral-common that the project was tested with",
+            )
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(converted.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MODEL_MAX_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        **{key: str(token) for key, token in sorted(converted.special_tokens_map.items()) if isinstance(token, str)},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if converted.chat_template:
+        (folder / "chat_template.jinja").write_text(converted.chat_template, encoding="utf-8")

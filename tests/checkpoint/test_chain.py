@@ -97,6 +97,7 @@ def train(run_dir: Path, base: Path, cache: Path, *extra: str, ranks: int = 1) -
         "init.hf_path": base,
         **{f"model.{key}": value for key, value in SHAPE.items()},
         **{f"model.rope.{key}": value for key, value in ROPE.items()},
+        "data": "stdlib",
         "data.cache_dir": cache,
         "data.sequence_length": LENGTH,
         "data.num_workers": 0,

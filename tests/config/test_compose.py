@@ -223,7 +223,7 @@ def test_every_key_says_what_it_is():
     assert [path for path, key in all_keys().items() if not key.comment] == []
     # and the table is complete: every leaf of a composed configuration is a key
     part = "{mine:{corpus:stdlib,weight:1}}"
-    blends = [f"++data.blend={part}", "data.corpus=null", f"++stages.joint.blend={part}"]
+    blends = ["data=blend", f"++data.blend={part}", f"++stages.joint.blend={part}"]
     plain = OmegaConf.create({**to_dict(compose(["~stages.ar", *blends]))})
     leaves = {re.sub(r"^stages\.joint", "stages.*", path).replace(".mine.", ".*.") for path in _leaves(plain, "")}
     assert leaves == set(all_keys())

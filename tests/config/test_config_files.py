@@ -59,7 +59,7 @@ def test_every_file_composes(file: Path, tmp_path: Path):
     elif group == "optim":
         assert config.optim.beta2 == written.beta2
     else:
-        assert config.data.corpus == {"prepared": str(tmp_path), "blend": None}.get(option, option)
+        assert config.data.corpus == {"prepared": str(tmp_path), "blend": None, "python": None}.get(option, option)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,11 @@ def test_tiny_is_the_default_and_runs_anywhere():
     assert config == compose(["experiment=tiny"])
     assert list(config.stages) == ["ar", "joint"]
     assert config.train.precision is Precision.fp32
-    assert (config.objective.block_size, config.objective.mask_token_id, config.data.corpus) == (32, 3, "stdlib")
+    assert (config.objective.block_size, config.objective.mask_token_id) == (32, 3)
+    assert {part.corpus: part.weight for part in config.data.blend.values()} == {
+        "python_code": 0.7,
+        "python_prose": 0.3,
+    }
     assert 0 < config.checkpoint.interval_seconds <= 10
     assert config.export.prompt
 

@@ -22,7 +22,8 @@ from nld_train.errors import ConfigError, Problem
 
 @pytest.fixture(scope="module")
 def tiny() -> Config:
-    return compose([])
+    """The default on one corpus, which rules about corpora can be tried on."""
+    return compose(["data=stdlib"])
 
 
 def changed(config: Config, **values) -> Config:
@@ -44,9 +45,10 @@ def at(problems: Iterable[Problem], location: str) -> Problem:
 
 
 def test_the_default_is_valid(tiny: Config):
-    assert validate(tiny, world_size=1) == []
-    assert validate(tiny, world_size=2) == []
-    assert validate(tiny, world_size=None) == []
+    for config in (tiny, compose([])):
+        assert validate(config, world_size=1) == []
+        assert validate(config, world_size=2) == []
+        assert validate(config, world_size=None) == []
 
 
 NAN, INF = float("nan"), float("inf")
@@ -191,7 +193,7 @@ def remedied(overrides: list[str], key: str, world_size: int) -> None:
         (["optim.beta2=1"], "optim.beta2", 1),
         (["optim.eps=0"], "optim.eps", 1),
         (["data.validation_fraction=0"], "data.validation_fraction", 1),
-        (["data.corpus=stdlb"], "data.corpus", 1),
+        (["data=stdlib", "data.corpus=stdlb"], "data.corpus", 1),
         (["stages.ar.min_lr=1"], "stages.ar.min_lr", 1),
         (["stages.ar.decay_fraction=0.99"], "stages.ar.decay_fraction", 1),
         (["stages.ar.warmup_fraction=-0.2"], "stages.ar.warmup_fraction", 1),
@@ -363,7 +365,7 @@ def blended(tmp_path: Path, *weights: float, key: str = "data.blend", more: tupl
     for name, weight in zip("abcdef", weights, strict=False):
         (tmp_path / name).mkdir(exist_ok=True)
         parts.append(f"{name}:{{corpus:'{tmp_path / name}',weight:{weight}}}")
-    corpus = ["data.corpus=null"] if key == "data.blend" else []
+    corpus = ["data=blend"] if key == "data.blend" else []
     return [*corpus, f"++{key}={{{','.join(parts)}}}", *more]
 
 
@@ -389,9 +391,9 @@ def test_weights_that_mean_nothing_are_refused_at_once(tmp_path: Path):
 
 
 def test_one_corpus_or_a_blend(tmp_path: Path):
-    both = refusals(["data.corpus=stdlib", *blended(tmp_path, 1)[1:]])
+    both = refusals(["data.corpus=stdlib"])  # beside the default's
     assert set(both) == {"data.blend"}
-    neither = refusals(["data.corpus=null"])
+    neither = refusals(["data=blend"])
     assert set(neither) == {"data.corpus"}
     compose(["data=prepared", f"data.corpus={tmp_path}"], world_size=1)  # what the first remedy says
     chat = refusals([*blended(tmp_path, 1, key="stages.joint.blend"), "stages.joint.chat=stdlib_chat"])
@@ -400,14 +402,14 @@ def test_one_corpus_or_a_blend(tmp_path: Path):
 
 def test_names_of_parts_are_plain(tmp_path: Path):
     part = f"{{corpus:'{tmp_path}',weight:1}}"
-    assert set(refusals(["data.corpus=null", f"++data.blend={{9a:{part}}}"])) == {"data.blend.9a"}
+    assert set(refusals(["data=blend", f"++data.blend={{9a:{part}}}"])) == {"data.blend.9a"}
 
 
 def test_corpora_that_are_not_there(tmp_path: Path):
     (tmp_path / "web-0").mkdir()
     names = {"a": tmp_path / "x" / "manifest.json", "b": tmp_path / "no-*", "c": tmp_path / "web-*", "d": "stdlb"}
     parts = ",".join(f"{name}:{{corpus:'{corpus}',weight:1}}" for name, corpus in names.items())
-    found = refusals(["data.corpus=null", f"++data.blend={{{parts}}}"])
+    found = refusals(["data=blend", f"++data.blend={{{parts}}}"])
     assert set(found) == {f"data.blend.{name}.corpus" for name in names}
     for name, words in zip(
         "abcd", ("manifest.json does not exist", "matches nothing", "web-0, which is not", "neither"), strict=True
@@ -418,7 +420,7 @@ def test_corpora_that_are_not_there(tmp_path: Path):
         (tmp_path / f"web-{number}").mkdir(exist_ok=True)
         (tmp_path / f"web-{number}" / "manifest.json").touch()
     pattern = f"++data.blend={{c:{{corpus:'{tmp_path}/web-*',weight:1}}}}"
-    compose(["data.corpus=null", pattern, "objective.mask_token_id=100"], world_size=1)
+    compose(["data=blend", pattern, "objective.mask_token_id=100"], world_size=1)
     assert find_corpora("", f"{tmp_path}/web-*") == [f"{tmp_path}/web-0", f"{tmp_path}/web-1"]
     assert find_corpora("", f"{tmp_path}/web-*/manifest.json") == [f"{tmp_path}/web-0", f"{tmp_path}/web-1"]
     assert find_corpora("", f"{tmp_path}/web-1/manifest.json") == [f"{tmp_path}/web-1"]
@@ -426,13 +428,13 @@ def test_corpora_that_are_not_there(tmp_path: Path):
 
 def test_a_shipped_corpus_in_a_blend_has_its_rules(tmp_path: Path):
     part = "++data.blend={a:{corpus:stdlib,weight:1}}"
-    found = refusals(["data.corpus=null", part, "objective.mask_token_id=100", "model.vocab_size=200"])
+    found = refusals(["data=blend", part, "objective.mask_token_id=100", "model.vocab_size=200"])
     assert "data.blend.a.corpus=stdlib" in found["objective.mask_token_id"].message
     assert "data.blend.a.corpus=stdlib" in found["model.vocab_size"].message
 
 
 def test_a_part_alone_is_answered_with_how_to_write_it():
-    found = refusals(["data.corpus=null", "+data.blend.code.corpus=stdlib"])
+    found = refusals(["data=blend", "+data.blend.code.corpus=stdlib"])
     assert "'++data.blend={NAME: {corpus: FOLDER, weight: 1}}'" in found["+data.blend.code.corpus=stdlib"].remedy
-    misspelt = refusals(["data.corpus=null", "++data.blend={a:{corpus:stdlib,wieght:1}}"])
+    misspelt = refusals(["data=blend", "++data.blend={a:{corpus:stdlib,wieght:1}}"])
     assert "did you mean data.blend.a.weight?" in misspelt["data.blend.a.wieght"].remedy

@@ -21,8 +21,10 @@ from nld_train.data.prepared import (
     Manifest,
     PartStats,
     PreparedCorpus,
+    ShardStats,
     open_prepared,
 )
+from nld_train.data.shards import write_places
 
 VOCAB_SIZE = 400
 EOS = 2
@@ -73,16 +75,22 @@ def write_corpus(tmp_path: Path) -> Callable[..., PreparedCorpus]:
     ) -> PreparedCorpus:
         path = tmp_path / folder
         path.mkdir()
-        parts = {}
+        parts, shards = {}, {}
         for part, documents in ((TRAIN, train), (VALIDATION, validation)):
             builder = IndexedDatasetBuilder(str(path / f"{part}.bin"), dtype=np.uint16)
             for document in documents:
                 builder.add_document(np.array(document), [len(document)])
             builder.finalize(str(path / f"{part}.idx"))
-            parts[part] = PartStats(documents=len(documents), tokens=sum(map(len, documents)))
+            num_tokens = sum(map(len, documents))
+            parts[part] = PartStats(documents=len(documents), tokens=num_tokens)
+            shards[part] = [ShardStats(name=part, documents=len(documents), tokens=num_tokens)]
+            write_places(path, part, shards[part])
         if counts is None:
             ids = np.concatenate([np.array(document, dtype=np.int64) for document in (*train, *validation)])
             counts = np.bincount(ids, minlength=vocab_size)
+        else:  # a lie about which tokens there are, yet not about how many
+            counts = counts.copy()
+            counts[EOS] += sum(part.tokens for part in parts.values()) - counts.sum()
         np.save(path / "token_counts.npy", counts)
         files = {p.name: FileStats(size=p.stat().st_size, sha256=sha256_of_file(p)) for p in sorted(path.iterdir())}
         Manifest(
@@ -93,10 +101,13 @@ def write_corpus(tmp_path: Path) -> Callable[..., PreparedCorpus]:
             text_bytes=0,
             num_skipped=0,
             options={},
+            inputs=[],
             vocab_size=vocab_size,
             eos_token_id=EOS,
+            tokenizer_hash="",
             dtype="uint16",
             parts=parts,
+            shards=shards,
             files=files,
         ).write(path / MANIFEST_NAME)
         return open_prepared(path)

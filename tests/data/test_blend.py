@@ -379,15 +379,19 @@ def test_what_cannot_be_blended_is_refused(write_two: tuple[PreparedCorpus, Prep
 
 def test_tokenizers_must_be_the_same(write_corpus: WriteCorpus) -> None:
     """The vocabulary, the end token, and the files that make ids of text."""
-    one, two, larger = (
-        write_corpus(_documents(100, seed=seed), folder=folder, vocab_size=vocab_size)
-        for seed, folder, vocab_size in ((0, "one", VOCAB_SIZE), (1, "two", VOCAB_SIZE), (2, "larger", VOCAB_SIZE - 1))
+    one, two, smaller = (
+        write_corpus(
+            [[min(token, vocab_size - 1) for token in document] for document in _documents(100, seed=seed)],
+            folder=folder,
+            vocab_size=vocab_size,
+        )
+        for seed, folder, vocab_size in ((0, "one", VOCAB_SIZE), (1, "two", VOCAB_SIZE), (2, "smaller", VOCAB_SIZE - 1))
     )
     check_same_tokenizer([one, two, one])
     with pytest.raises(
         DataError, match=r"was prepared with another tokenizer than .*: vocabulary (99|100) and (99|100)\n"
     ):
-        _blend({"a": (one.folder, 1), "b": (larger.folder, 1)})
+        _blend({"a": (one.folder, 1), "b": (smaller.folder, 1)})
     for corpus, text in ((one, "{}"), (two, "{} ")):
         (corpus.folder / "tokenizer").mkdir()
         (corpus.folder / "tokenizer" / "tokenizer.json").write_text(text)

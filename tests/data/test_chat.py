@@ -76,7 +76,7 @@ MakeFolder = Callable[..., Path]
 def make_folder(corpus_text: CorpusText, tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """A tokenizer folder with another chat template."""
     texts = [document.text for document in corpus_text.documents]
-    tokenizer = train_tokenizer(texts, vocab_size=400, num_texts=len(texts))
+    tokenizer = train_tokenizer(texts, vocab_size=400)
 
     def make(template: str | None = None) -> Path:
         folder = tmp_path_factory.mktemp("tokenizers") / "tokenizer"

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from nld_train.config.schema import DataConfig
 from nld_train.data.corpora import CORPORA, CorpusText, Document
 from nld_train.data.files import sha256_of_file
-from nld_train.data.prepare import prepare, prepare_text, split_documents
+from nld_train.data.prepare import prepare, prepare_text
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, open_prepared
 from nld_train.data.progress import PrepareProgress, RichProgress
 from nld_train.data.tokenizer import load_tokenizer
@@ -42,10 +42,10 @@ class Recorder(PrepareProgress):
     def phase(self, name: str, *, total_documents: int, total_bytes: int) -> None:
         self.phases[name] = [total_documents, total_bytes, 0, 0]
 
-    def advance(self, documents: int, text_bytes: int) -> None:
+    def advance(self, documents: int, num_bytes: int, tokens: int = 0) -> None:
         last = list(self.phases.values())[-1]
         last[2] += documents
-        last[3] += text_bytes
+        last[3] += num_bytes
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -82,21 +82,36 @@ def test_all_documents_are_there_and_copies_never_straddle(corpus: PreparedCorpu
     assert train == [document.text for document in corpus_text.documents if document.text in set(train)]
 
 
-def test_split_does_not_depend_on_names_or_order(corpus_text: CorpusText) -> None:
+def test_split_does_not_depend_on_names_or_order(
+    corpus: PreparedCorpus, corpus_text: CorpusText, tmp_path: Path
+) -> None:
     shuffled = list(corpus_text.documents)
     random.Random(1).shuffle(shuffled)
     renamed = tuple(Document(name=f"x{index}", text=document.text) for index, document in enumerate(shuffled))
     other = CorpusText(name="other", source="", documents=renamed, num_skipped=0)
-    first, second = split_documents(corpus_text, 0.2), split_documents(other, 0.2)
-    assert [document.text for document in first[VALIDATION]] == [document.text for document in second[VALIDATION]]
-    larger = {document.text for document in split_documents(corpus_text, 0.5)[VALIDATION]}
-    assert {document.text for document in first[VALIDATION]} < larger
+    assert _texts(_prepare(tmp_path, other), VALIDATION) == _texts(corpus, VALIDATION)
+    larger = prepare_text(other, vocab_size=VOCAB_SIZE, validation_fraction=0.5, cache_dir=tmp_path)
+    assert set(_texts(corpus, VALIDATION)) < set(_texts(larger, VALIDATION))
+
+
+def test_documents_of_one_source_are_held_out_together(tmp_path: Path, make_corpus: MakeCorpus) -> None:
+    """A corpus of summaries beside one of texts: a summary is held out exactly where its text is."""
+    texts = make_corpus(60)
+    summaries = tuple(
+        Document(name=document.name, text=f"{document.text[:40]} summary", source=document.text)
+        for document in texts.documents
+    )
+    whole = _prepare(tmp_path, texts)
+    short = _prepare(tmp_path, CorpusText(name="summaries", source="", documents=summaries, num_skipped=0))
+    held_out = [text[:40] for text in _texts(whole, VALIDATION)]
+    assert sorted(text.removesuffix(" summary") for text in _texts(short, VALIDATION)) == sorted(held_out)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_both_parts_must_hold_something(corpus_text: CorpusText, fraction: float) -> None:
+def test_both_parts_must_hold_something(corpus_text: CorpusText, fraction: float, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"data\.validation_fraction: {fraction} leaves"):
-        split_documents(corpus_text, fraction)
+        prepare_text(corpus_text, vocab_size=VOCAB_SIZE, validation_fraction=fraction, cache_dir=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_manifest_tells_the_truth(corpus: PreparedCorpus, corpus_text: CorpusText) -> None:
@@ -168,7 +183,9 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.idx", "token_counts.npy", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "validation.idx", "token_counts.npy", "train.starts.npy", "tokenizer/tokenizer.json"]
+)
 @pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
 def test_damaged_cache_of_a_shipped_corpus_is_built_again(
     tmp_path: Path, small: CorpusText, name: str, damage: Callable[[Path], None]
@@ -285,16 +302,20 @@ def copy(corpus: PreparedCorpus, tmp_path: Path) -> Path:
     return Path(shutil.copytree(corpus.folder, tmp_path / "copy"))
 
 
-def test_truncated_bin_is_named(copy: Path) -> None:
-    _truncate(copy / "train.bin")
-    size = (copy / "train.bin").stat().st_size
-    with pytest.raises(DataError, match=rf"copy/train\.bin: holds {size} bytes, manifest\.json says {size + 2}"):
+def test_truncated_bin_is_named(copy: Path, corpus: PreparedCorpus) -> None:
+    path = copy / "train-00000.bin"
+    _truncate(path)
+    size, last = path.stat().st_size, open_prepared(corpus.folder).manifest.parts[TRAIN].documents - 1
+    expected = (
+        rf"{path}: holds {size} bytes, manifest\.json says {size + 2}; it ends at offset {size}, in document {last} "
+    )
+    with pytest.raises(DataError, match=expected):
         prepare(*_config(copy), VOCAB_SIZE, mask_token_id=MASK)
 
 
 def test_index_of_another_file_is_named(copy: Path, write_corpus: WriteCorpus) -> None:
-    shutil.copy(copy / "validation.idx", copy / "train.idx")
-    with pytest.raises(DataError, match=r"copy/train\.idx: holds .* manifest\.json says"):
+    shutil.copy(copy / "validation.idx", copy / "train-00000.idx")
+    with pytest.raises(DataError, match=r"copy/train-00000\.idx: holds .* manifest\.json says"):
         prepare(*_config(copy), VOCAB_SIZE, mask_token_id=MASK)
     # Same size, same number of documents: only the lengths inside betray it.
     one = write_corpus([[9, 9, EOS], [9, EOS]], folder="one")
@@ -305,7 +326,9 @@ def test_index_of_another_file_is_named(copy: Path, write_corpus: WriteCorpus) -
     # Same total as well: the hash.
     swapped = write_corpus([[9, EOS], [9, 9, EOS]], folder="swapped")
     shutil.copy(swapped.folder / "train.idx", one.folder / "train.idx")
-    with pytest.raises(DataError, match=r"one/train\.idx: is not the file that manifest\.json lists"):
+    with pytest.raises(
+        DataError, match=r"one/train\.idx: is the index of another file: its document 0 has 2 tokens, .* says 3"
+    ):
         open_prepared(one.folder)
 
 
@@ -331,9 +354,9 @@ def test_large_files_are_still_checked_by_structure(write_corpus: WriteCorpus, m
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 2', '"format_version": 7', "format_version is 7"),
+        ('"format_version": 3', '"format_version": 7', "format_version is 7"),
         ('"eos_token_id"', '"eos"', "not a manifest .*eos"),
-        ('"train.bin"', '"other.bin"', r"says nothing of train\.bin"),
+        ('"train-00000.bin"', '"other.bin"', r"says nothing of train-00000\.bin"),
         ("{", "", "cannot be read"),
     ],
 )
@@ -356,6 +379,15 @@ def test_mask_token_in_the_data_is_refused(write_corpus: WriteCorpus) -> None:
         prepare(*_config(folder), 100, mask_token_id=unused)
 
 
+def test_counted_token_beyond_the_vocabulary_is_refused(write_corpus: WriteCorpus) -> None:
+    counts = np.zeros(103, dtype=np.int64)
+    counts[101] = 2
+    with pytest.raises(DataError, match=r"token_counts\.npy: counts token 101 2 times; the vocabulary has 100 entries"):
+        write_corpus([[9, 101, 101, EOS]], counts=counts)
+    with pytest.raises(DataError, match=r"token_counts\.npy: counts token 150 1 times"):
+        write_corpus([[9, 150, EOS]], folder="other")
+
+
 def test_empty_part_is_refused(write_corpus: WriteCorpus) -> None:
     with pytest.raises(DataError, match=r"validation\.bin"):
         write_corpus([[9, EOS]], validation=[[]])
@@ -368,7 +400,7 @@ def test_standard_library(tmp_path: Path) -> None:
     """The real thing, whole: prepared in seconds, every document back to the letter."""
     with RichProgress() as progress:
         prepared = prepare(*_config("stdlib", tmp_path), 8192, mask_token_id=MASK, progress=progress)
-    text = CORPORA["stdlib"]()
+    text = CORPORA["stdlib"]().read()
     assert prepared.manifest.source == text.source
     assert prepared.num_tokens(TRAIN) > 1_000_000
     assert prepared.num_tokens(VALIDATION) > 20_000

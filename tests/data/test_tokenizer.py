@@ -8,12 +8,12 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from nld_train.data.corpora import CorpusText
+from nld_train.data.encoding import TextEncoder
 from nld_train.data.tokenizer import (
     EOS_TOKEN_ID,
     MASK_TOKEN_ID,
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
-    encode_documents,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -36,7 +36,11 @@ ODD_TEXTS = [
 @pytest.fixture(scope="module")
 def tokenizer(corpus_text: CorpusText) -> Tokenizer:
     texts = [document.text for document in corpus_text.documents]
-    return train_tokenizer(texts, vocab_size=400, num_texts=len(texts))
+    return train_tokenizer(texts, vocab_size=400)
+
+
+def _encoder(tokenizer: Tokenizer) -> TextEncoder:
+    return TextEncoder(tokenizer.to_str(), "here")
 
 
 def test_vocabulary_has_the_size_asked_for_and_the_special_ids(tokenizer: Tokenizer) -> None:
@@ -45,26 +49,16 @@ def test_vocabulary_has_the_size_asked_for_and_the_special_ids(tokenizer: Tokeni
 
 
 def test_every_text_comes_back_exactly(tokenizer: Tokenizer) -> None:
-    for text, ids in zip(ODD_TEXTS, encode_documents(tokenizer, ODD_TEXTS, eos_token_id=EOS_TOKEN_ID), strict=True):
-        assert ids[-1] == EOS_TOKEN_ID
-        assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == text
+    for text, ids in zip(ODD_TEXTS, _encoder(tokenizer).encode(ODD_TEXTS), strict=True):
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
 
 
 def test_text_never_becomes_a_special_id(tokenizer: Tokenizer) -> None:
     # The tokenizer as users load it does read them: otherwise this test would guard nothing.
     assert MASK_TOKEN_ID in tokenizer.encode(POISON).ids
-    for ids in encode_documents(tokenizer, [POISON, *SPECIAL_TOKENS.values()], eos_token_id=EOS_TOKEN_ID):
-        assert ids[:-1].min() >= len(SPECIAL_TOKENS)
+    for ids in _encoder(tokenizer).encode([POISON, *SPECIAL_TOKENS.values()]):
+        assert ids.min() >= len(SPECIAL_TOKENS)
     assert MASK_TOKEN_ID in tokenizer.encode(POISON).ids, "the caller's tokenizer was changed"
-
-
-def test_batches_do_not_matter(tokenizer: Tokenizer, corpus_text: CorpusText) -> None:
-    texts = [document.text for document in corpus_text.documents][:10]
-    one, three = (
-        [ids.tolist() for ids in encode_documents(tokenizer, texts, eos_token_id=2, batch_size=size)] for size in (1, 3)
-    )
-    assert one == three
-    assert len(one) == 10
 
 
 def test_folder_loads_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -79,10 +73,7 @@ def test_folder_loads_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> N
     text = "abc def , it 's (naïve)  \n"
     assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
     assert loaded.decode(loaded(text)["input_ids"]) == text
-    assert (
-        loaded(POISON, split_special_tokens=True)["input_ids"]
-        == next(encode_documents(tokenizer, [POISON], eos_token_id=2)).tolist()[:-1]
-    )
+    assert loaded(POISON, split_special_tokens=True)["input_ids"] == _encoder(tokenizer).encode([POISON])[0].tolist()
 
 
 def test_chat_template_of_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -108,7 +99,7 @@ def test_chat_template_of_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> No
 @pytest.mark.parametrize(("vocab_size", "message"), [(MIN_VOCAB_SIZE - 1, "too small"), (100_000, "has merges for")])
 def test_impossible_vocabulary_is_refused(vocab_size: int, message: str) -> None:
     with pytest.raises(DataError, match=rf"model\.vocab_size: {vocab_size} .*{message}"):
-        train_tokenizer(["some text"] * 3, vocab_size=vocab_size, num_texts=3)
+        train_tokenizer(["some text"] * 3, vocab_size=vocab_size)
 
 
 def test_missing_and_damaged_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def test_a_joint_batch_is_written_out(inspect: Inspect) -> None:
     assert "(2 of 640), rank 0 of 1, micro-batch 0 of 2" in text
     assert "4 sequences of 64 clean tokens and 64 noisy rows: 128 rows, with a row table; blocks of 16" in text
     first = 960 * 8 + 8  # 960 steps of the AR stage, one of this
-    assert re.findall(r"sample (\d+), noise key (\d+)", text) == [(str(first + j), str(first + j)) for j in range(4)]
+    found = re.findall(r"sample (\d+), sample \d+ of (code|prose), noise key (\d+)", text)
+    assert [(int(sample), int(key)) for sample, _, key in found] == [(first + j, first + j) for j in range(4)]
+    assert [corpus for _, corpus, _ in found].count("code") in (2, 3)  # 0.7 of 4
     # What a line says of a block is what its text shows.
     lines = re.findall(r"block \d+: tokens (\d+)\.\.(\d+), (\d+) masked, weight (\S+)  (.*)", text)
     assert len(lines) >= 16
@@ -72,7 +74,7 @@ def test_what_is_not_there_is_refused(inspect: Inspect) -> None:
         (("--stage", "third"), ["--stage: there is no third", "ar, joint"]),
         (("--step", "0"), ["--step: there is no 0", "steps 1.."]),
         (("--rank", "1"), ["--rank: there is no 1"]),
-        (("data.corpus=nowhere",), ["data.corpus: nowhere is neither"]),
+        (("data=prepared", "data.corpus=nowhere"), ["data.corpus: nowhere is neither"]),
     ):
         status, text, errors = inspect(*SHORT, *arguments)
         assert (status, text) == (2, "")

@@ -1,0 +1,510 @@
+"""Files to shards: the same bytes however many processes write them and however often they are killed; bad inputs."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from nld_train.data.inputs import Format, ReadOptions, SampleBy, find_inputs, plan_shards
+from nld_train.data.prepare_files import PrepareOptions, prepare_files
+from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, open_prepared
+from nld_train.data.progress import PrepareProgress
+from nld_train.data.shards import TokenWriter
+from nld_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from nld_train.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+EOS = 2
+
+MakeTexts = Callable[..., list[str]]
+
+
+def make_texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
+    """Texts of made-up words with line ends, letters beyond ASCII, special tokens spelled out; some are copies."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(300)]
+    vocabulary += ["naïve", "日本", "🙂", "</s>", "<mask>", "\n", "\r", "\u2028", "\x0b"]
+    texts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 2 * words))) for _ in range(count)]
+    texts[10::10] = [texts[index - 7] for index in range(10, count, 10)]
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        for number, text in enumerate(texts):
+            stream.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "small"
+    save_tokenizer(train_tokenizer(make_texts(100), vocab_size=400), folder)
+    return folder
+
+
+@pytest.fixture
+def prepare(tokenizer: Path, tmp_path: Path) -> Callable[..., PreparedCorpus]:
+    def call(
+        *inputs: Path | str,
+        out: str = "out",
+        format_: Format | None = None,
+        shard_bytes: int = 10**9,
+        workers: int = 1,
+        fraction: float = 0.2,
+        tokenizer_: str | None = None,
+        name: str = "corpus",
+        progress: PrepareProgress | None = None,
+        **read: object,
+    ) -> PreparedCorpus:
+        options = PrepareOptions(
+            name=name,
+            tokenizer=tokenizer_ or str(tokenizer),
+            read=ReadOptions(**read),  # type: ignore[arg-type]
+            validation_fraction=fraction,
+            shard_bytes=shard_bytes,
+        )
+        files = find_inputs([str(path) for path in inputs], format_)
+        return prepare_files(tmp_path / out, files, options, workers=workers, progress=progress)
+
+    return call
+
+
+Prepare = Callable[..., PreparedCorpus]
+
+
+def texts_of(corpus: PreparedCorpus, part: str) -> list[str]:
+    """The documents of a part, decoded; asserts that each ends with the end-of-text token and holds no special one."""
+    tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    documents = corpus.documents(part)
+    found = []
+    for number in range(len(documents)):
+        ids = documents.get(number)
+        assert ids[-1] == EOS
+        assert ids[:-1].min() > 4
+        found.append(tokenizer.decode(ids[:-1].tolist()))
+    return found
+
+
+def all_texts(corpus: PreparedCorpus) -> list[str]:
+    return sorted([*texts_of(corpus, TRAIN), *texts_of(corpus, VALIDATION)])
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- the same bytes ---
+
+
+def test_workers_change_no_byte_and_shards_change_no_text(prepare: Prepare, tmp_path: Path) -> None:
+    texts = make_texts(400)
+    first, second = write_jsonl(tmp_path / "a.jsonl", texts[:250]), write_jsonl(tmp_path / "b.jsonl", texts[250:])
+    one = prepare(first, second, out="one", shard_bytes=20_000, workers=1)
+    two = prepare(first, second, out="two", shard_bytes=20_000, workers=2)
+    assert bytes_of(one.folder) == bytes_of(two.folder)
+    assert len(one.manifest.shards[TRAIN]) > 5
+    assert {path.name for path in one.folder.iterdir() if path.name.startswith(".")} == set()
+    whole = prepare(first, second, out="whole")
+    assert len(whole.manifest.shards[TRAIN]) == 1
+    assert texts_of(whole, TRAIN) == texts_of(one, TRAIN)  # shards follow the order of the inputs
+    assert texts_of(whole, VALIDATION) == texts_of(one, VALIDATION)
+    assert all_texts(one) == sorted(text for text in texts if text)
+    assert not set(texts_of(one, TRAIN)) & set(texts_of(one, VALIDATION))
+    # Megatron reads every shard, and the corpus as a whole is their documents in order.
+    documents, place = one.documents(TRAIN), 0
+    for number in range(len(one.manifest.shards[TRAIN])):
+        shard = IndexedDataset(str(one.prefix(TRAIN, number)))
+        for ids in (shard[index] for index in range(len(shard))):
+            assert np.array_equal(documents.get(place), ids)
+            assert np.array_equal(documents.get(place, 1, 2), ids[1:3])
+            place += 1
+    assert place == len(documents)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_every_cut_of_a_file_reads_each_line_once(tmp_path: Path, newline: str) -> None:
+    """Shards of every size from one byte on: cuts at, before and behind each line end."""
+    from nld_train.data.inputs import PieceReader
+
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": "ü" * count}, ensure_ascii=False) for count in (1, 0, 5, 2)]
+    path.write_bytes((newline.join([lines[0], lines[1], "", lines[2], lines[3]])).encode())
+    (file,) = find_inputs([str(path)])
+    for shard_bytes in range(1, file.size + 2):
+        shards = plan_shards([file], ReadOptions(), shard_bytes)
+        found = [
+            document.text for shard in shards for piece in shard for document in PieceReader(file, piece, ReadOptions())
+        ]
+        assert found == ["ü", "", "", "ü" * 5, "üü"]
+
+
+def _command(out: Path, source: Path, tokenizer: Path, workers: int) -> list[str]:
+    return [
+        sys.executable, "scripts/prepare_data.py", "prepare", str(out), "--input", str(source),
+        "--tokenizer", str(tokenizer), "--workers", str(workers), "--shard-mb", "0.1", "--name", "corpus",
+        "--validation-fraction", "0.1",
+    ]  # fmt: skip
+
+
+def _kill_and_restart(tmp_path: Path, tokenizer: Path, kills: int, documents: int, seed: int) -> None:
+    rng = random.Random(seed)
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(documents, words=200))
+    begin = time.monotonic()
+    subprocess.run(_command(tmp_path / "calm", source, tokenizer, 2), cwd=ROOT, check=True, capture_output=True)
+    whole = time.monotonic() - begin
+    out, seen = tmp_path / "out", []
+    while len(seen) < kills:
+        process = subprocess.Popen(
+            _command(out, source, tokenizer, rng.choice([1, 2, 2])),
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        delay = rng.uniform(0.3, 1.0) * whole
+        try:
+            process.wait(timeout=delay)
+        except subprocess.TimeoutExpired:
+            # The main process alone (its workers see that it is gone), or all at once.
+            os.kill(process.pid if rng.random() < 0.5 else -process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.returncode in (0, -signal.SIGKILL), process.stderr and process.stderr.read()
+        complete = len(list((out / ".preparing").glob("[0-9]*.json"))) if (out / ".preparing").is_dir() else -1
+        seen.append((round(delay, 2), complete, process.returncode))
+        if process.returncode == 0:
+            shutil.rmtree(out)  # it was faster than the kill: from the beginning
+    print(f"seed {seed}, whole run {whole:.1f} s; (delay, complete shards, status) of each kill: {seen}")
+    assert any(complete > 0 for _, complete, _ in seen), "no kill came between two shards"
+    subprocess.run(_command(out, source, tokenizer, 2), cwd=ROOT, check=True, capture_output=True)
+    assert bytes_of(out) == bytes_of(tmp_path / "calm")
+
+
+def test_killed_three_times(tmp_path: Path, tokenizer: Path) -> None:
+    _kill_and_restart(tmp_path, tokenizer, kills=3, documents=2000, seed=1)
+
+
+@pytest.mark.long
+def test_killed_twenty_times(tmp_path: Path, tokenizer: Path) -> None:
+    _kill_and_restart(tmp_path, tokenizer, kills=20, documents=6000, seed=random.SystemRandom().randrange(10**6))
+
+
+class Stop(PrepareProgress):
+    """Interrupts after so many bytes of tokenising."""
+
+    def __init__(self, after: int) -> None:
+        self._left, self._is_on = after, False
+
+    def phase(self, name: str, *, total_documents: int, total_bytes: int) -> None:
+        self._is_on = name == "tokenising"
+
+    def advance(self, documents: int, num_bytes: int, tokens: int = 0) -> None:
+        self._left -= num_bytes if self._is_on else 0
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def test_complete_shards_are_kept_and_damaged_ones_written_again(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(300))
+    calm = prepare(source, out="calm", shard_bytes=20_000)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, shard_bytes=20_000, progress=Stop(60_000))
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"out: is a corpus whose preparation was interrupted"):
+        open_prepared(out)
+    kept, damaged = out / "train-00000.bin", out / "train-00001.bin"
+    content = bytearray(damaged.read_bytes())
+    content[100] ^= 1
+    damaged.write_bytes(bytes(content))
+    (out / ".train-00002.bin.tmp-1-dead").write_bytes(b"rest of a killed process")
+    before = kept.stat()
+    resumed = prepare(source, shard_bytes=20_000)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert bytes_of(resumed.folder) == bytes_of(calm.folder)
+
+
+def test_other_options_and_changed_inputs_are_refused_by_name(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(200))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, shard_bytes=20_000, progress=Stop(30_000))
+    with pytest.raises(DataError, match=r"out: was begun with other options: shard_bytes: 20000, not 30000; valid"):
+        prepare(source, shard_bytes=30_000, fraction=0.3)
+    with pytest.raises(DataError, match=r"other options: text_field: 'text', not 'id'"):
+        prepare(source, shard_bytes=20_000, text_field="id")
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace("a", "b", 1), encoding="utf-8")
+    with pytest.raises(DataError, match=r"out: was begun from other inputs: x\.jsonl has changed"):
+        prepare(source, shard_bytes=20_000)
+    source.write_text(text, encoding="utf-8")
+    finished = prepare(source, shard_bytes=20_000)
+    before = bytes_of(finished.folder)
+    assert prepare(source, shard_bytes=20_000) == finished
+    extra = write_jsonl(tmp_path / "y.jsonl", make_texts(3))
+    with pytest.raises(DataError, match=r"out: was prepared from other inputs: y\.jsonl is new"):
+        prepare(source, extra, shard_bytes=20_000)
+    with pytest.raises(DataError, match=r"out: was prepared with other options: name: 'corpus', not 'other'"):
+        prepare(source, shard_bytes=20_000, name="other")
+    assert bytes_of(finished.folder) == before
+
+
+def test_another_tokenizer_under_the_same_name_is_refused(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
+    copy = Path(shutil.copytree(tokenizer, tmp_path / "mine"))
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(50))
+    prepare(source, tokenizer_=str(copy))
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(DataError, match=r"other options: tokenizer: 'tokenizer\.json [0-9a-f]{64}', not"):
+        prepare(source, tokenizer_=str(copy))
+
+
+def test_two_runs_in_one_folder_are_refused(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(50))
+
+    class Nested(PrepareProgress):
+        def phase(self, name: str, *, total_documents: int, total_bytes: int) -> None:
+            if name == "tokenising":
+                with pytest.raises(DataError, match=r"out: another process is preparing this folder"):
+                    prepare(source)
+                self.was_here = True
+
+    nested = Nested()
+    prepare(source, progress=nested)
+    assert nested.was_here
+
+
+def test_a_folder_of_something_else_is_left_alone(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match=r"out: is not empty, and no corpus"):
+        prepare(write_jsonl(tmp_path / "x.jsonl", make_texts(50)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+# --- what is read ---
+
+
+def test_all_formats_give_the_same_documents(prepare: Prepare, tmp_path: Path) -> None:
+    import datasets
+
+    texts = [text for text in make_texts(120) if text.strip()]
+    content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(content))
+    table = pa.table({"text": texts, "id": list(range(len(texts)))})
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=17)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "e"))
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:04d}.txt").write_bytes(text.encode())
+    hub = tmp_path / "g"
+    hub.mkdir()
+    shutil.copy(tmp_path / "d.parquet", hub / "train.parquet")
+    expected = prepare(tmp_path / "a.jsonl", out="expected")
+    assert all_texts(expected) == sorted(texts)
+    for number, (source, format_) in enumerate(
+        [
+            ("b.jsonl.gz", None), ("c.jsonl.zst", None), ("d.parquet", None), ("e/*.arrow", None), ("f", None),
+            ("g", Format.hub),
+        ]
+    ):  # fmt: skip
+        found = prepare(tmp_path / source, format_=format_, out=f"out{number}", shard_bytes=5000)
+        assert texts_of(found, VALIDATION) == texts_of(expected, VALIDATION), source
+        assert texts_of(found, TRAIN) == texts_of(expected, TRAIN), source
+        if source in ("d.parquet", "f"):
+            assert len(found.manifest.shards[TRAIN]) > 1, "one file, several shards"
+
+
+def test_lines_of_text_and_empty_ones(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("\ufeffone\r\n\n two \nthree".encode() + b"\nfour\n" * 20)
+    corpus = prepare(tmp_path / "x.txt", sample_by=SampleBy.line, shard_bytes=30)
+    assert set(all_texts(corpus)) == {"one", " two ", "three", "four"}
+    assert corpus.manifest.num_skipped == 20
+    assert corpus.manifest.parts[TRAIN].documents + corpus.manifest.parts[VALIDATION].documents == 23
+
+
+def test_source_field_decides_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:
+    """Two corpora taken from the same pages: what is held out of one is held out of the other."""
+    texts = make_texts(100)
+    for name, cut in (("a.jsonl", slice(0, 20)), ("b.jsonl", slice(20, 40))):
+        lines = [json.dumps({"text": f"{index} {text[cut]}", "page": text}) for index, text in enumerate(texts)]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    one, other = (prepare(tmp_path / f"{name}.jsonl", out=name, source_field="page") for name in "ab")
+    held_out = [{text.split()[0] for text in texts_of(corpus, VALIDATION)} for corpus in (one, other)]
+    assert held_out[0] == held_out[1] != set()
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1: has no field 'url'; it has 'text', 'page'"):
+        prepare(tmp_path / "a.jsonl", out="c", source_field="url")
+
+
+def test_tokenizer_trained_on_the_text(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(200))
+    one = prepare(source, out="one", tokenizer_="train:350", shard_bytes=9000, workers=2)
+    assert (one.vocab_size, one.manifest.dtype) == (350, "uint16")
+    assert bytes_of(prepare(source, out="two", tokenizer_="train:350", shard_bytes=9000).folder) == bytes_of(one.folder)
+
+
+# --- what is refused ---
+
+
+def good_lines(count: int = 30) -> list[bytes]:
+    return [json.dumps({"text": text}).encode() for text in make_texts(count)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"txt": "a", "n": 1}', r"x\.jsonl: line 18: has no field 'text'; it has 'txt', 'n'"),
+        (b'{"text": null}', r"x\.jsonl: line 18: the field 'text' is null, not text"),
+        (b'{"text": 7}', r"x\.jsonl: line 18: the field 'text' is a number, not text"),
+        (b'["text"]', r"x\.jsonl: line 18: is a list, not an object"),
+        (b'{"text": "a"', r"x\.jsonl: line 18: is not JSON: "),
+        (b'{"text": "\\ud83d"}', r"x\.jsonl: line 18: character 0 of the text, '\\ud83d', is half of a surrogate pair"),
+    ],
+)
+@pytest.mark.parametrize(("suffix", "workers"), [("", 1), ("", 2), (".gz", 1), (".zst", 1)])
+def test_a_bad_line_is_named(
+    prepare: Prepare, tmp_path: Path, line: bytes, message: str, suffix: str, workers: int
+) -> None:
+    if workers == 2 and line[:6] != b'{"txt"':
+        pytest.skip("once is enough: processes take a second")
+    lines = good_lines()
+    lines[17] = line
+    write = {"": lambda content: content, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(write(b"\n".join(lines) + b"\n"))
+    with pytest.raises(DataError, match=message.replace(r"jsonl:", rf"jsonl{suffix}:".replace(".", r"\."))):
+        prepare(path, shard_bytes=2000, workers=workers)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_invalid_utf8_is_named_with_its_offset(prepare: Prepare, tmp_path: Path, suffix: str) -> None:
+    lines = good_lines()
+    lines[20] = b'{"text": "caf\xe9 au lait"}'
+    content = b"\n".join(lines)
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    offset = content.index(b"\xe9")
+    of = "decompressed text" if suffix else "file"
+    with pytest.raises(DataError, match=rf"line 21: is not UTF-8: byte 0xe9 at offset {offset} of the {of}"):
+        prepare(path, shard_bytes=300)
+    text = tmp_path / "y.txt"
+    text.write_bytes(b"one\ntwo\n\xff three\n")
+    with pytest.raises(DataError, match=r"y\.txt: line 3: is not UTF-8: byte 0xff at offset 8 of the file"):
+        prepare(text, out="text")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("cut", [1, 5, 300])
+def test_compressed_file_cut_short_is_named(prepare: Prepare, tmp_path: Path, suffix: str, cut: int) -> None:
+    compress = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    content = compress(b"\n".join(good_lines(200)))
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(content[:-cut])
+    with pytest.raises(DataError, match=rf"x\.jsonl\{suffix}: is cut short: .* \(offset {len(content) - cut}, after"):
+        prepare(path)
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(DataError, match=rf"x\.jsonl\{suffix}: "):
+        prepare(path, out="damaged")
+
+
+def test_columns_and_rows_are_named(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts: list[str | None] = ["good"] * 50
+    texts[33] = None
+    pq.write_table(pa.table({"text": texts, "n": list(range(50))}), path, row_group_size=10)
+    with pytest.raises(DataError, match=r"x\.parquet: has no column 'body'; it has text, n"):
+        prepare(path, text_field="body")
+    with pytest.raises(DataError, match=r"x\.parquet: row 33: the field 'text' is null, not text"):
+        prepare(path, out="null", shard_bytes=1)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DataError, match=r"x\.parquet: is no Parquet file"):
+        prepare(path, out="cut")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
+def test_empty_corpus_is_named(prepare: Prepare, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"out: corpus corpus is empty: no input holds any text"):
+        prepare(tmp_path / "x.jsonl")
+
+
+def test_part_without_documents_is_named(prepare: Prepare, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["only one"])
+    with pytest.raises(DataError, match=r"data\.validation_fraction: 0\.2 leaves [01] documents .* and [01] for"):
+        prepare(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.jsonl", "neither a file, a folder, a pattern nor"),
+        ("*.jsonl", "matches no file"),
+        (".", "a folder without input files"),
+        ("x.doc", "unknown suffix"),
+    ],
+)
+def test_inputs_that_mean_nothing_are_named(tmp_path: Path, name: str, message: str) -> None:
+    if name == "x.doc":
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=message):
+        find_inputs([str(tmp_path / name)])
+
+
+def test_an_input_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", ["a"])
+    with pytest.raises(DataError, match=r"x\.jsonl: is given twice"):
+        find_inputs([str(path), str(tmp_path)])
+
+
+@pytest.mark.parametrize(("token", "shown"), [(400, "400"), (-1, "-1"), (70_000, "70000")])
+def test_id_outside_the_vocabulary_is_never_written(tmp_path: Path, token: int, shown: str) -> None:
+    with (
+        pytest.raises(DataError, match=rf"page 7: token 1 of the document is {shown}, the vocabulary has 400 entries"),
+        TokenWriter(tmp_path / "x", 400) as writer,
+    ):
+        writer.add(np.array([5, token, EOS]), "page 7")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- many shards ---
+
+
+def test_many_shards_open_quickly_and_are_checked_when_read(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nld_train.data.prepared._EAGER_SHARDS", 3)
+    monkeypatch.setattr("nld_train.data.prepared._MAX_OPEN_SHARDS", 2)
+    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", make_texts(200)), shard_bytes=9000)
+    folder = corpus.folder
+    documents = corpus.documents(TRAIN)
+    everything = [documents.get(number).tolist() for number in range(len(documents))]
+    order = random.Random(0).sample(range(len(documents)), len(documents))
+    assert [documents.get(number).tolist() for number in order] == [everything[number] for number in order]
+    assert len(documents._opened) == 2
+    # Another shard's index, padded to the size that the manifest lists, is met when its shard is read.
+    one, other = folder / "train-00002.idx", folder / "train-00003.idx"
+    content = bytearray(one.read_bytes())
+    lengths = np.frombuffer(content, dtype=np.int32, offset=34, count=2)
+    assert lengths[0] != lengths[1]
+    content[34:42] = content[38:42] + content[34:38]
+    one.write_bytes(bytes(content))
+    reopened = open_prepared(folder)
+    first = sum(shard.documents for shard in corpus.manifest.shards[TRAIN][:2])
+    assert reopened.documents(TRAIN).get(0).tolist() == everything[0]
+    with pytest.raises(DataError, match=r"train-00002\.idx: is the index of another file: its document 0 has"):
+        reopened.documents(TRAIN).get(first)
+    other.unlink()
+    with pytest.raises(DataError, match=r"train-00003\.idx: is missing"):
+        open_prepared(folder)
