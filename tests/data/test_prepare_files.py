@@ -1,9 +1,11 @@
 """Files to shards: the same bytes however many processes write them and however often they are killed; bad inputs."""
 
+import contextlib
 import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -153,10 +156,10 @@ def test_every_cut_of_a_file_reads_each_line_once(tmp_path: Path, newline: str) 
         assert found == ["ü", "", "", "ü" * 5, "üü"]
 
 
-def _command(out: Path, source: Path, tokenizer: Path, workers: int) -> list[str]:
+def _command(out: Path, source: Path, tokenizer: Path, workers: int, shard_mb: float = 0.1) -> list[str]:
     return [
         sys.executable, "scripts/prepare_data.py", "prepare", str(out), "--input", str(source),
-        "--tokenizer", str(tokenizer), "--workers", str(workers), "--shard-mb", "0.1", "--name", "corpus",
+        "--tokenizer", str(tokenizer), "--workers", str(workers), "--shard-mb", str(shard_mb), "--name", "corpus",
         "--validation-fraction", "0.1",
     ]  # fmt: skip
 
@@ -168,12 +171,12 @@ def _kill_and_restart(tmp_path: Path, tokenizer: Path, kills: int, documents: in
     subprocess.run(_command(tmp_path / "calm", source, tokenizer, 2), cwd=ROOT, check=True, capture_output=True)
     whole = time.monotonic() - begin
     out, seen = tmp_path / "out", []
-    while len(seen) < kills:
+    while sum(status != 0 for _, _, status in seen) < kills:
         process = subprocess.Popen(
             _command(out, source, tokenizer, rng.choice([1, 2, 2])),
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        delay = rng.uniform(0.3, 1.0) * whole
+        delay = rng.uniform(0.1, 0.4) * whole
         try:
             process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
@@ -508,3 +511,35 @@ def test_many_shards_open_quickly_and_are_checked_when_read(
     other.unlink()
     with pytest.raises(DataError, match=r"train-00003\.idx: is missing"):
         open_prepared(folder)
+
+
+def _peak_anonymous(command: list[str]) -> float:
+    """Largest sum, in MB, of the anonymous memory of a command and its workers, looked at every 50 ms."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{one.pid}/status").read_text()
+                total += int((re.search(r"RssAnon:\s+(\d+)", status) or [0, 0])[1])
+        peak = max(peak, total)
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return peak / 1000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_is_flat(tmp_path: Path, tokenizer: Path, workers: int) -> None:
+    """Five times the text, and a shard that is not cut, in the same memory."""
+    small = write_jsonl(tmp_path / "small.jsonl", make_texts(10_000, words=100))
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(small.read_bytes() * 5)
+    (tmp_path / "large.jsonl.gz").write_bytes(gzip.compress(large.read_bytes(), 1))
+    peaks = [
+        _peak_anonymous(_command(tmp_path / path.name.replace(".", "_"), path, tokenizer, workers, 5))
+        for path in (small, large, tmp_path / "large.jsonl.gz")
+    ]
+    print(f"{workers} workers: {small.stat().st_size / 1e6:.0f} MB, five times that, the same in one shard: {peaks} MB")
+    assert max(peaks[1:]) < peaks[0] + 25
