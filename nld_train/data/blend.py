@@ -123,14 +123,14 @@ def _largest_error(tree: "_Node | int", shares: Sequence[int]) -> float:
     """The most samples that a part may be away from its share: 1/2 for its own rounding, and what it inherits of the
     1/2 of each set that it belongs to, in proportion."""
     worst = 0.0
-    stack: list[tuple[_Node | int, float]] = [(tree, 0.0)]
+    stack: list[tuple[_Node | int, tuple[int, ...]]] = [(tree, ())]
     while stack:
-        node, inverses = stack.pop()
+        node, weights = stack.pop()
         if isinstance(node, _Node):
             for side, weight in ((node.left, node.share), (node.right, node.total - node.share)):
-                stack.append((side, inverses + 1.0 / weight))
-        else:
-            worst = max(worst, 0.5 * shares[node] * inverses)
+                stack.append((side, (*weights, weight)))
+        else:  # integers divided by integers: they may be too large for floats, their ratios are not
+            worst = max(worst, 0.5 * sum(shares[node] / weight for weight in weights))
     return worst
 
 
@@ -249,6 +249,18 @@ def _check_different(key: str, blend: Blend) -> None:
                 )
 
 
+def _check_same_fraction(first: PreparedCorpus, other: PreparedCorpus) -> None:
+    """A text that is in two corpora is held out of both only where they hold out the same share."""
+    fractions = [corpus.manifest.options.get("validation_fraction") for corpus in (first, other)]
+    if fractions[0] != fractions[1]:
+        raise DataError(
+            str(other.folder),
+            f"holds out {fractions[1]} of its sources, {first.folder}, which the run reads as well, {fractions[0]}: "
+            "a text of both would be trained on and validated on",
+            "prepare all corpora of a run with one --validation-fraction (shipped ones: data.validation_fraction)",
+        )
+
+
 def check_same_tokenizer(corpora: Sequence[PreparedCorpus]) -> None:
     """A token id must mean the same in every corpus of a run.
 
@@ -259,6 +271,7 @@ def check_same_tokenizer(corpora: Sequence[PreparedCorpus]) -> None:
     known = {first.tokenizer_folder: tokenizer_hash(first.tokenizer_folder)}
     for other in corpora[1:]:
         reason = None
+        _check_same_fraction(first, other)
         for what, ours, theirs in (
             ("vocabulary", first.vocab_size, other.vocab_size),
             ("end-of-text token", first.manifest.eos_token_id, other.manifest.eos_token_id),

@@ -58,7 +58,6 @@ class TextEncoder:
         """Special tokens by their text."""
         ids = [*_vocabulary_ids(raw), *(int(token["id"]) for token in added)]
         self.vocab_size = max(ids) + 1
-        self._added_ids = {token["content"]: int(token["id"]) for token in added}
         self._reference: Tokenizer | None = None
         self._fast = _tekken_encoding(raw)
         # Ids of ordinary tokens begin behind the special ones in this kind of tokenizer.
@@ -91,12 +90,13 @@ class TextEncoder:
                 raise DataError(str(path), f"cannot be read: {error}", "repair the tokenizer folder") from error
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                number = self._added_ids.get(token)
+                number = self.special_ids.get(token)
                 if number is None:
                     raise DataError(
                         str(path),
-                        f"names the end token {token!r}, which is none of its added tokens",
-                        "correct the name",
+                        f"names the end token {token!r}, which is none of its special tokens",
+                        'correct the name, or make it "special": true in the added_tokens of tokenizer.json: a text '
+                        "that spells it would end its document",
                     )
                 return int(number)
         raise DataError(

@@ -73,6 +73,7 @@ class InputFile:
     format: Format
     size: int
     revision: str = ""  # on the Hub: the commit
+    modified_ns: int = 0  # of a file: its time of modification, when it was found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +129,7 @@ def find_inputs(names: Sequence[str], format_: Format | None = None) -> list[Inp
             found = sorted(
                 file
                 for file in path.rglob("*")
-                if file.is_file() and (format_ or _format_of(file)) and _is_visible(file)
+                if file.is_file() and (format_ or _format_of(file)) and _is_visible(file.relative_to(path))
             )
             if not found:
                 raise DataError(
@@ -163,14 +164,39 @@ def find_inputs(names: Sequence[str], format_: Format | None = None) -> list[Inp
                 f"has an unknown suffix; known are {', '.join(_SUFFIXES)}, with .gz or .zst behind those of text",
                 f"name the format with --format ({', '.join(Format)})",
             )
+        stat = path.stat()
         files.append(
-            InputFile(name=path.relative_to(root).as_posix(), path=path, format=found_format, size=path.stat().st_size)
+            InputFile(
+                name=path.relative_to(root).as_posix(),
+                path=path,
+                format=found_format,
+                size=stat.st_size,
+                modified_ns=stat.st_mtime_ns,
+            )
         )
-    return files + hub
+    files += sorted(hub, key=lambda file: file.name)
+    names_found = [file.name for file in files]
+    if len(set(names_found)) < len(names_found):
+        twice_name = next(name for name in names_found if names_found.count(name) > 1)
+        raise DataError(twice_name, "is the name of two inputs", "name each input once, under a name of its own")
+    return files
 
 
 def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts[-2:])
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """What is read must be what was found and hashed, hours before at the size of a large corpus.
+
+    Raises:
+        DataError: the file has another size or time of modification.
+    """
+    if file.format is Format.hub:
+        return
+    stat = file.path.stat()
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.modified_ns):
+        raise DataError(str(file.path), "was changed while it was prepared", "prepare again, into an empty folder")
 
 
 def _format_of(path: Path) -> Format | None:
@@ -303,16 +329,10 @@ class PieceReader:
         yield from self._unchanged(self._json_lines() if self._file.format is Format.jsonl else self._rows())
 
     def _unchanged(self, items: Iterator[Item]) -> Iterator[Item]:
-        before = None if self._file.format is Format.hub else self._file.path.stat()
+        check_unchanged(self._file)
         yield from items
         self.consumed = self._piece.size
-        if before is None:
-            return
-        after = self._file.path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DataError(
-                str(self._file.path), "was changed while it was read", "prepare again, into an empty folder"
-            )
+        check_unchanged(self._file)
 
     def _json_lines(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         for line in self._lines():
@@ -322,7 +342,7 @@ class PieceReader:
                 continue
             try:
                 raw = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     line.name(self), f"is not JSON: {error}", "repair the line, or name another format with --format"
                 ) from error
@@ -376,6 +396,7 @@ class PieceReader:
                 shards = [
                     dataset.reshard().shard(num_shards=_num_row_groups(self._file), index=index)
                     for index in range(self._piece.start, self._piece.end)
+                    if _num_rows(self._file, index) > 0  # the library refuses an empty row group
                 ]
             elif self._file.format is Format.hub:
                 shards = [
@@ -469,7 +490,7 @@ class PieceReader:
                     f"is damaged: {error} (after {text_bytes} bytes of text, before offset {stream.tell()})",
                     "get the file again",
                 ) from error
-            if decompressor is not None:
+            if decompressor is not None or stream.tell() == 0:
                 raise DataError(
                     str(path),
                     f"is cut short: its {kind[1:]} stream has no end (offset {self._file.path.stat().st_size}, after "
@@ -592,6 +613,13 @@ def _num_row_groups(file: InputFile) -> int:
 
     with parquet.ParquetFile(file.path) as stream:
         return int(stream.num_row_groups)
+
+
+def _num_rows(file: InputFile, row_group: int) -> int:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(file.path) as stream:
+        return int(stream.metadata.row_group(row_group).num_rows)
 
 
 def _rows_before(file: InputFile, row_group: int) -> int:

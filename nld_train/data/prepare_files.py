@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from nld_train.data.corpora import Document
 from nld_train.data.encoding import TextEncoder, check_encoder
 from nld_train.data.files import locked, publish_folder, sha256_of_file
-from nld_train.data.inputs import Format, InputFile, Piece, PieceReader, ReadOptions, plan_shards
+from nld_train.data.inputs import Format, InputFile, Piece, PieceReader, ReadOptions, check_unchanged, plan_shards
 from nld_train.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -43,6 +43,7 @@ from nld_train.data.shards import (
     is_held_out,
     remove_temporary,
     source_hash,
+    utf8_size,
     write_json,
     write_shard,
 )
@@ -190,6 +191,7 @@ def _plan(folder: Path, inputs: Sequence[InputFile], options: PrepareOptions, po
 def _hash_input(file: InputFile) -> str:
     if file.format is not Format.hub:
         digest = sha256_of_file(file.path)
+        check_unchanged(file)
     elif file.revision:
         digest = file.revision
     else:
@@ -251,6 +253,8 @@ def _check_same(folder: Path, begun: dict[str, Any], plan: dict[str, Any], verb:
     changed = [f"{name} has changed" for name in before if name in now and now[name] != before[name]]
     changed += [f"{name} is missing" for name in before if name not in now]
     changed += [f"{name} is new" for name in now if name not in before]
+    if not changed and begun["inputs"] != plan["inputs"]:
+        changed = ["their order"]
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise DataError(str(folder), f"{verb} from other inputs: {', '.join(changed[:5])}{more}", remedy)
@@ -294,6 +298,7 @@ def _make_tokenizer(
             convert_tekken(Path(options.tokenizer), made)
         else:
             copy_tokenizer(Path(options.tokenizer), made)
+        TextEncoder.from_folder(made).end_token_id(made)  # before it is kept: a rerun would not make it again
         for path in made.iterdir():
             path.rename(temporary / path.name)
         made.rmdir()
@@ -310,7 +315,7 @@ def _training_sample(inputs: Sequence[InputFile], options: PrepareOptions, progr
         for document in _documents(inputs, shard, options.read):
             if total > _TRAIN_TOKENIZER_BYTES and read > per_shard:
                 break
-            size = len(document.text.encode("utf-8", errors="replace"))
+            size = utf8_size(document)
             read += size
             progress.advance(1, size)
             if document.text and not is_held_out(source_hash(document), options.validation_fraction):

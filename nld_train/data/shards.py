@@ -64,7 +64,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def source_hash(document: Document) -> int:
     """64 bits of the sha256 of the text that the document is taken from: equal on every machine, in every corpus."""
     source = document.text if document.source is None else document.source
-    return int.from_bytes(hashlib.sha256(source.encode("utf-8")).digest()[:8], "big")
+    # Half of a surrogate pair is refused where the document is written; here it only must not be in the way.
+    return int.from_bytes(hashlib.sha256(source.encode("utf-8", errors="surrogatepass")).digest()[:8], "big")
 
 
 def is_held_out(hash_of_source: int, validation_fraction: float) -> bool:
@@ -161,7 +162,10 @@ def temporary_name(path: Path) -> Path:
 def remove_temporary(folder: Path) -> None:
     """Remove what killed processes left in a folder. Call it with the folder's lock held."""
     for path in folder.glob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():  # a tokenizer that was being made
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -258,7 +262,7 @@ def write_shard(
         TokenWriter(folder / validation_name, vocab_size) as held,
     ):
         for batch in _batches(documents):
-            sizes = [_utf8_size(document) for document in batch]
+            sizes = [utf8_size(document) for document in batch]
             filled = [document for document, size in zip(batch, sizes, strict=True) if size]
             num_skipped += len(batch) - len(filled)
             before = train.num_tokens + held.num_tokens
@@ -300,7 +304,12 @@ def write_shard(
     return record
 
 
-def _utf8_size(document: Document) -> int:
+def utf8_size(document: Document) -> int:
+    """Bytes of the text in UTF-8.
+
+    Raises:
+        DataError: it cannot be written in UTF-8, or it is larger than is supported.
+    """
     try:
         size = len(document.text.encode("utf-8"))
     except UnicodeEncodeError as error:

@@ -4,7 +4,7 @@ import hashlib
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -400,6 +400,27 @@ def test_tokenizers_must_be_the_same(write_corpus: WriteCorpus) -> None:
     assert "the files of" in str(caught.value)
     (two.folder / "tokenizer" / "tokenizer.json").write_text("{}")
     check_same_tokenizer([one, two])
+
+
+def test_one_share_is_held_out_of_all_corpora(write_corpus: WriteCorpus) -> None:
+    one, two = (write_corpus(_documents(100, seed=seed), folder=name) for seed, name in enumerate(("one", "two")))
+    options = (
+        replace(one.manifest, options={"validation_fraction": 0.02}),
+        replace(two.manifest, options={"validation_fraction": 0.2}),
+    )
+    one, two = (replace(corpus, manifest=manifest) for corpus, manifest in zip((one, two), options, strict=True))
+    with pytest.raises(
+        DataError, match=r"two: holds out 0\.2 of its sources, .*one, which the run reads as well, 0\.02"
+    ):
+        check_same_tokenizer([one, two])
+
+
+def test_weights_of_any_size() -> None:
+    """Corpora of a pattern are weighted by their tokens: exact fractions with hundreds of digits."""
+    rng = random.Random(5)
+    weights = [Fraction(rng.randrange(10**11, 10**12), rng.randrange(10**11, 10**12)) for _ in range(40)]
+    order = BlendOrder([weight / sum(weights) for weight in weights])
+    assert 0 < order.largest_error < 2
 
 
 # ---------------------------------------------------------------------------------------------- validation

@@ -22,7 +22,7 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from nld_train.data.inputs import Format, ReadOptions, SampleBy, find_inputs, plan_shards
+from nld_train.data.inputs import Format, Piece, PieceReader, ReadOptions, SampleBy, find_inputs, plan_shards
 from nld_train.data.prepare_files import PrepareOptions, prepare_files
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, open_prepared
 from nld_train.data.progress import PrepareProgress
@@ -543,3 +543,106 @@ def test_memory_is_flat(tmp_path: Path, tokenizer: Path, workers: int) -> None:
     ]
     print(f"{workers} workers: {small.stat().st_size / 1e6:.0f} MB, five times that, the same in one shard: {peaks} MB")
     assert max(peaks[1:]) < peaks[0] + 25
+
+
+# --- what changes behind the back, and what a killed run leaves ---
+
+
+def test_an_input_that_changed_since_it_was_found_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+    """It was hashed as another file: the manifest would speak of a text that is not in the corpus."""
+    path = write_jsonl(tmp_path / "x.jsonl", make_texts(50))
+    options = PrepareOptions(
+        name="x",
+        tokenizer=str(prepare(path, out="first").tokenizer_folder),
+        read=ReadOptions(),
+        validation_fraction=0.2,
+    )
+    files = find_inputs([str(path)])
+    write_jsonl(path, make_texts(50, seed=1))
+    with pytest.raises(DataError, match=r"x\.jsonl: was changed while it was prepared"):
+        prepare_files(tmp_path / "second", files, options)
+    reader = PieceReader(files[0], Piece(file=0, start=0, end=files[0].size, size=files[0].size), ReadOptions())
+    with pytest.raises(DataError, match="was changed"):
+        list(reader)
+
+
+def _hub_folder(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"text": texts}), folder / "train.parquet")
+    return folder
+
+
+def test_names_on_the_hub_have_one_order_and_are_given_once(prepare: Prepare, tmp_path: Path) -> None:
+    a, b = (_hub_folder(tmp_path / name, make_texts(30, seed=seed)) for seed, name in enumerate("ab"))
+    one = prepare(a, b, out="one", format_=Format.hub)
+    two = prepare(b, a, out="two", format_=Format.hub)
+    assert bytes_of(one.folder) == bytes_of(two.folder)
+    with pytest.raises(DataError, match="a: is the name of two inputs"):
+        prepare(a, a, out="three", format_=Format.hub)
+    with pytest.raises(DataError, match="a: is the name of two inputs"):
+        prepare(a, _hub_folder(tmp_path / "more" / "a", make_texts(3)), out="three", format_=Format.hub)
+
+
+def test_a_tokenizer_that_was_being_made_is_cleared_away(prepare: Prepare, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", make_texts(50))
+    left = tmp_path / "out" / ".tokenizer.tmp-elsewhere-123-abc"
+    (left / "made").mkdir(parents=True)
+    (tmp_path / "out" / ".preparing").mkdir()
+    corpus = prepare(path)
+    assert not left.exists()
+    assert all_texts(corpus) == sorted(filter(None, make_texts(50)))
+
+
+def test_an_end_token_that_is_missing_can_be_given(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
+    """The first try must not keep a copy of the broken tokenizer."""
+    path, copy = write_jsonl(tmp_path / "x.jsonl", make_texts(50)), tmp_path / "copy"
+    shutil.copytree(tokenizer, copy)
+    whole = (copy / "tokenizer_config.json").read_text()
+    broken = json.loads(whole)
+    del broken["eos_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(broken))
+    (copy / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="has no end-of-text token"):
+        prepare(path, tokenizer_=str(copy))
+    (copy / "tokenizer_config.json").write_text(whole)
+    assert all_texts(prepare(path, tokenizer_=str(copy)))
+
+
+def test_an_end_token_that_text_could_spell_is_refused(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
+    path, copy = write_jsonl(tmp_path / "x.jsonl", make_texts(50)), tmp_path / "copy"
+    shutil.copytree(tokenizer, copy)
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token["special"] = token["content"] != "</s>"
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="'</s>', which is none of its special tokens"):
+        prepare(path, tokenizer_=str(copy))
+
+
+def test_odd_but_valid_and_odd_and_invalid_files(prepare: Prepare, tmp_path: Path) -> None:
+    parquet = tmp_path / "x.parquet"
+    schema = pa.schema([("text", pa.string())])
+    texts = make_texts(60)
+    with pq.ParquetWriter(parquet, schema) as writer:
+        for some in (texts[:30], [], texts[30:]):
+            writer.write_table(pa.table({"text": some}, schema=schema))
+    assert pq.ParquetFile(parquet).num_row_groups == 3
+    assert all_texts(prepare(parquet, out="parquet")) == sorted(filter(None, texts))
+    (tmp_path / "x.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: is cut short"):
+        prepare(tmp_path / "x.jsonl.gz", out="empty")
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"deep\.jsonl: line 2: is not JSON"):
+        prepare(deep, out="deep")
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"half\.jsonl: line 2: character 0 of the text"):
+        prepare(half, out="half", tokenizer_="train:300")
+
+
+def test_hidden_folders_are_left_out_at_any_depth(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".git/deep/b.jsonl", "deep/c.jsonl", ".d.jsonl"):
+        (tmp_path / ".in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".in" / name).write_text("{}")
+    assert [file.name for file in find_inputs([str(tmp_path / ".in")])] == ["a.jsonl", "deep/c.jsonl"]
