@@ -62,7 +62,7 @@ from nld_train.objective.sequence import SequenceLayout, build_joint_batch
 from nld_train.platform.device import initialize_device
 from nld_train.platform.topology import topology_of
 from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, noise_spec, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, lay_out, noise_spec, run_microbatches
 
 Work = Callable[[], Sequence[Tensor]]
 """Does the computation once and returns its results (values and gradients)."""
@@ -765,14 +765,7 @@ def data_suite(_device: torch.device) -> Iterator[Comparison]:
                     if is_laid_out:
                         sample = _unpack(arrays)
                         assert isinstance(sample, LoaderBatch)
-                        build_joint_batch(
-                            sample.tokens,
-                            sample.labels,
-                            sample.loss_mask,
-                            sample.corruption,
-                            block_size,
-                            document_starts=sample.document_starts,
-                        )
+                        lay_out(sample, block_size)
                 return []
 
             name += ", documents" if has_documents else ""

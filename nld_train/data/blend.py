@@ -231,7 +231,7 @@ def prepare_blend(
     entries.sort(key=lambda entry: entry.content_hash)
     blend = Blend(entries=tuple(entries))
     _check_different(key, blend)
-    check_same_tokenizer(blend.corpora)
+    check_readable_together(blend.corpora)
     return blend
 
 
@@ -261,17 +261,17 @@ def _check_same_fraction(first: PreparedCorpus, other: PreparedCorpus) -> None:
         )
 
 
-def check_same_tokenizer(corpora: Sequence[PreparedCorpus]) -> None:
-    """A token id must mean the same in every corpus of a run.
+def check_readable_together(corpora: Sequence[PreparedCorpus]) -> None:
+    """A token id must mean the same in every corpus of a run, and what one holds out no other may train on.
 
     Raises:
-        DataError: two corpora with different tokenizers; names both, and the file that differs.
+        DataError: two corpora with different tokenizers, or of which different shares are held out; names both.
     """
     first = corpora[0]
     known = {first.tokenizer_folder: tokenizer_hash(first.tokenizer_folder)}
     for other in corpora[1:]:
-        reason = None
         _check_same_fraction(first, other)
+        reason = None
         for what, ours, theirs in (
             ("vocabulary", first.vocab_size, other.vocab_size),
             ("end-of-text token", first.manifest.eos_token_id, other.manifest.eos_token_id),

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -135,3 +136,13 @@ def sha256_of_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes; memory stays flat."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """sha256 over names and contents of a folder's files."""
+    hashes = [
+        [path.relative_to(folder).as_posix(), sha256_of_file(path)]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 Item = TypeVar("Item")
+Name = TypeVar("Name", str, Path)
 
 MAX_LINE_BYTES = 512 << 20
 """A longer line is refused: it is held in memory."""
@@ -148,12 +150,8 @@ def find_inputs(names: Sequence[str], format_: Format | None = None) -> list[Inp
         else:
             raise DataError(name, "is neither a file, a folder, a pattern nor a name on the Hub", "correct the path")
     resolved = [path.resolve() for path in paths]
-    if (
-        twice := {path for path in resolved if resolved.count(path) > 1}
-        if len(set(resolved)) < len(resolved)
-        else set()
-    ):
-        raise DataError(str(min(twice)), "is given twice", "name each input once")
+    if (twice := _first_twice(resolved)) is not None:
+        raise DataError(str(twice), "is given twice", "name each input once")
     root = Path(os.path.commonpath([path.parent for path in resolved])) if resolved else Path()
     files = []
     for path in sorted(resolved):
@@ -175,11 +173,14 @@ def find_inputs(names: Sequence[str], format_: Format | None = None) -> list[Inp
             )
         )
     files += sorted(hub, key=lambda file: file.name)
-    names_found = [file.name for file in files]
-    if len(set(names_found)) < len(names_found):
-        twice_name = next(name for name in names_found if names_found.count(name) > 1)
-        raise DataError(twice_name, "is the name of two inputs", "name each input once, under a name of its own")
+    if (twice_named := _first_twice([file.name for file in files])) is not None:
+        raise DataError(twice_named, "is the name of two inputs", "name each input once, under a name of its own")
     return files
+
+
+def _first_twice(items: Sequence[Name]) -> Name | None:
+    """The smallest of the items that occur more than once."""
+    return min((item for item, count in Counter(items).items() if count > 1), default=None)
 
 
 def _is_visible(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from nld_train.config.schema import DataConfig
 from nld_train.data.corpora import CORPORA, CorpusSource, CorpusText
 from nld_train.data.encoding import TextEncoder, check_encoder
-from nld_train.data.files import found_or_built
+from nld_train.data.files import found_or_built, sha256_of_folder
 from nld_train.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -16,7 +16,6 @@ from nld_train.data.prepared import (
     VALIDATION,
     WORK_FOLDER,
     PreparedCorpus,
-    hash_of_tokenizer,
     open_prepared,
 )
 from nld_train.data.progress import PrepareProgress
@@ -119,11 +118,11 @@ def _shared_tokenizer(
     def build(temporary: Path) -> None:
         made = temporary / "tokenizer"
         _train([corpus.read() for corpus in corpora], vocab_size, validation_fraction, made, progress)
-        (temporary / "sha256").write_text(hash_of_tokenizer(made), encoding="utf-8")
+        (temporary / "sha256").write_text(sha256_of_folder(made), encoding="utf-8")
 
     def open_folder(found: Path) -> Path:
         path = found / "sha256"
-        if not path.is_file() or path.read_text(encoding="utf-8") != hash_of_tokenizer(found / "tokenizer"):
+        if not path.is_file() or path.read_text(encoding="utf-8") != sha256_of_folder(found / "tokenizer"):
             raise DataError(str(found), "is not the tokenizer that was written there", "remove the folder")
         return found / "tokenizer"
 
@@ -180,7 +179,7 @@ def _build(
     progress: PrepareProgress,
 ) -> None:
     """One shard of all documents, with the tokenizer that is in ``folder``."""
-    tokenizer_hash = hash_of_tokenizer(folder / "tokenizer")
+    tokenizer_hash = sha256_of_folder(folder / "tokenizer")
     encoder = TextEncoder.from_folder(folder / "tokenizer")
     check_encoder(encoder, [])
     total = sum(len(document.text.encode("utf-8")) for document in corpus.documents)

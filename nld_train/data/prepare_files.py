@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from nld_train.data.corpora import Document
 from nld_train.data.encoding import TextEncoder, check_encoder
-from nld_train.data.files import locked, publish_folder, sha256_of_file
+from nld_train.data.files import locked, publish_folder, sha256_of_file, sha256_of_folder
 from nld_train.data.inputs import Format, InputFile, Piece, PieceReader, ReadOptions, check_unchanged, plan_shards
 from nld_train.data.prepared import (
     FORMAT_VERSION,
@@ -31,7 +31,6 @@ from nld_train.data.prepared import (
     WORK_FOLDER,
     InputStats,
     PreparedCorpus,
-    hash_of_tokenizer,
     open_prepared,
     verify,
 )
@@ -195,7 +194,7 @@ def _hash_input(file: InputFile) -> str:
     elif file.revision:
         digest = file.revision
     else:
-        digest = hash_of_tokenizer(file.path)
+        digest = sha256_of_folder(file.path)
     _report(0, file.size, 0)
     return digest
 
@@ -355,7 +354,7 @@ def _write_shards(
     pool.begin(_load_encoder, tokenizer_folder)
     encoder = TextEncoder.from_folder(tokenizer_folder)
     eos_token_id = encoder.end_token_id(tokenizer_folder)
-    tokenizer_hash = hash_of_tokenizer(tokenizer_folder)
+    tokenizer_hash = sha256_of_folder(tokenizer_folder)
     shards = plan_shards(inputs, options.read, options.shard_bytes)
     if not shards:
         raise DataError(

@@ -100,7 +100,7 @@ class Manifest:
     inputs: list[InputStats]
     vocab_size: int
     eos_token_id: int
-    tokenizer_hash: str  # see hash_of_tokenizer
+    tokenizer_hash: str  # sha256_of_folder
     dtype: str  # of the .bin files
     parts: dict[str, PartStats]
     shards: dict[str, list[ShardStats]]  # of each part
@@ -290,16 +290,6 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         return _DTYPES[code], np.empty(0, dtype=np.int32)
     lengths = np.memmap(path, dtype=np.int32, mode="r", offset=INDEX_HEADER.size, shape=(num_sequences,))
     return _DTYPES[code], lengths
-
-
-def hash_of_tokenizer(folder: Path) -> str:
-    """sha256 over names and contents of a tokenizer folder's files."""
-    hashes = [
-        [path.relative_to(folder).as_posix(), sha256_of_file(path)]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def open_prepared(folder: Path) -> PreparedCorpus:

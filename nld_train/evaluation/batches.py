@@ -15,10 +15,10 @@ from nld_train.data.blend import BlendStream
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.errors import ConfigError, Problem
 from nld_train.objective.normalize import num_tokens, row_weights
-from nld_train.objective.sequence import JointBatch, build_joint_batch
+from nld_train.objective.sequence import JointBatch
 from nld_train.training.data import open_data, prepare_blends, prepare_chats
 from nld_train.training.stages import Stage, plan_stages, stage_of_step
-from nld_train.training.step import noise_spec
+from nld_train.training.step import lay_out, noise_spec
 
 # Marks that say the same as the colours, where there are none.
 _MASKED, _UNSUPERVISED = ("⟦", "⟧"), ("‹", "›")
@@ -74,15 +74,7 @@ def inspect_batch(config: Config, place: Place, *, num_sequences: int, num_block
     if not 0 <= place.micro_batch < loader.num_micro_batches:
         raise _no_such("--micro-batch", place.micro_batch, f"a step has 0..{loader.num_micro_batches - 1} on each rank")
     sample = list(loader)[place.micro_batch]
-    batch = build_joint_batch(
-        sample.tokens,
-        sample.labels,
-        sample.loss_mask,
-        sample.corruption,
-        objective.block_size,
-        is_supervised=sample.is_supervised,
-        document_starts=sample.document_starts,
-    )
+    batch = lay_out(sample, objective.block_size)
     normalization = objective.normalization.value
     weights = row_weights(batch, normalization, stage.config.diffusion_loss_weight, stage.config.ar_loss_weight)
     tokenizer = Tokenizer.from_file(str(blends.tokenizer_folder / "tokenizer.json"))

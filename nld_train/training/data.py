@@ -10,7 +10,7 @@ from nld_train.config.schema import Config, DocumentMask, StageConfig
 from nld_train.data.blend import (
     Blend,
     BlendStream,
-    check_same_tokenizer,
+    check_readable_together,
     prepare_blend,
     train_stream,
     validation_samples,
@@ -67,7 +67,7 @@ def prepare_blends(config: Config, *, is_main: bool) -> RunBlends:
             if data not in found:
                 found[data] = prepared(f"stages.{name}.blend", stage, progress)
             of_stages[name] = found[data]
-    check_same_tokenizer([corpus for blend in found.values() for corpus in blend.corpora])
+    check_readable_together([corpus for blend in found.values() for corpus in blend.corpora])
     return RunBlends(of_run=found[of_run], of_stages=of_stages)
 
 

@@ -95,6 +95,19 @@ def _loss_function(
     return loss_sum, divisor, terms
 
 
+def lay_out(sample: LoaderBatch, block_size: int) -> JointBatch:
+    """The rows of the model for a micro-batch as the loader gives it."""
+    return build_joint_batch(
+        sample.tokens,
+        sample.labels,
+        sample.loss_mask,
+        sample.corruption,
+        block_size,
+        is_supervised=sample.is_supervised,
+        document_starts=sample.document_starts,
+    )
+
+
 def forward_step(
     data: Iterator[LoaderBatch],
     model: DistributedDataParallel,
@@ -104,16 +117,7 @@ def forward_step(
     device: torch.device,
 ) -> tuple[Any, partial[tuple[Tensor, Tensor, LossTerms]]]:
     """One micro-batch: read it, lay it out, run the model; what the schedule calls."""
-    sample = next(data)
-    batch = build_joint_batch(
-        sample.tokens,
-        sample.labels,
-        sample.loss_mask,
-        sample.corruption,
-        objective.block_size,
-        is_supervised=sample.is_supervised,
-        document_starts=sample.document_starts,
-    )
+    batch = lay_out(next(data), objective.block_size)
     normalization = objective.normalization.value
     # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
     selected = select_weighted_rows(batch, row_weights(batch, normalization, weights.diffusion, weights.ar)).to(device)

@@ -25,7 +25,7 @@ from nld_train.data.blend import (
     Blend,
     BlendOrder,
     BlendStream,
-    check_same_tokenizer,
+    check_readable_together,
     prepare_blend,
     train_stream,
     validation_samples,
@@ -387,7 +387,7 @@ def test_tokenizers_must_be_the_same(write_corpus: WriteCorpus) -> None:
         )
         for seed, folder, vocab_size in ((0, "one", VOCAB_SIZE), (1, "two", VOCAB_SIZE), (2, "smaller", VOCAB_SIZE - 1))
     )
-    check_same_tokenizer([one, two, one])
+    check_readable_together([one, two, one])
     with pytest.raises(
         DataError, match=r"was prepared with another tokenizer than .*: vocabulary (99|100) and (99|100)\n"
     ):
@@ -396,10 +396,10 @@ def test_tokenizers_must_be_the_same(write_corpus: WriteCorpus) -> None:
         (corpus.folder / "tokenizer").mkdir()
         (corpus.folder / "tokenizer" / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"one.*two") as caught:
-        check_same_tokenizer([one, two])
+        check_readable_together([one, two])
     assert "the files of" in str(caught.value)
     (two.folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    check_same_tokenizer([one, two])
+    check_readable_together([one, two])
 
 
 def test_one_share_is_held_out_of_all_corpora(write_corpus: WriteCorpus) -> None:
@@ -412,7 +412,7 @@ def test_one_share_is_held_out_of_all_corpora(write_corpus: WriteCorpus) -> None
     with pytest.raises(
         DataError, match=r"two: holds out 0\.2 of its sources, .*one, which the run reads as well, 0\.02"
     ):
-        check_same_tokenizer([one, two])
+        check_readable_together([one, two])
 
 
 def test_weights_of_any_size() -> None:

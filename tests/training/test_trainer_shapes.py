@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from nld_train.config.schema import Config, DataConfig, DocumentMask, ModelConfig, ObjectiveConfig, StageConfig
+from nld_train.config.schema import Config, DataConfig, DocumentMask, ObjectiveConfig, StageConfig
+from nld_train.testing.steps import tiny_model
 from nld_train.training.stages import plan_stages
 from nld_train.training.trainer import Trainer
 
@@ -14,15 +15,7 @@ def trainer(fraction: float, document_mask: DocumentMask = DocumentMask.none) ->
     """Enough of a trainer to plan: two ranks, stages ``ar`` (alpha 0), ``joint`` and ``chat``."""
     stage = {"tokens": 1000, "lr": 1.0, "min_lr": 0.1}
     config = Config(
-        model=ModelConfig(
-            num_layers=1,
-            hidden_size=8,
-            ffn_hidden_size=8,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=8,
-            vocab_size=300,
-        ),
+        model=tiny_model(),
         data=DataConfig(corpus="stdlib", sequence_length=64, document_mask=document_mask),
         objective=ObjectiveConfig(block_size=8, noisy_fraction=fraction),
         stages={
