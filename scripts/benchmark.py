@@ -59,6 +59,7 @@ from nld_train.model.attention import joint_attention, resolve_backend
 from nld_train.model.build import build_model
 from nld_train.objective.noise import Corruption, corrupt
 from nld_train.objective.sequence import SequenceLayout, build_joint_batch
+from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import initialize_device
 from nld_train.platform.topology import topology_of
 from nld_train.training.run import connect, wrap_data_parallel
@@ -179,7 +180,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def machine() -> dict[str, str | int]:
+def machine(keeps_memory: bool) -> dict[str, str | int]:
     """What the numbers depend on besides the code."""
     description: dict[str, str | int] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -189,7 +190,7 @@ def machine() -> dict[str, str | int]:
         "load_average": f"{os.getloadavg()[0]:.1f}",
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "allocator": os.environ.get("LD_PRELOAD") or os.environ.get("MALLOC_MMAP_THRESHOLD_") or "default",
+        "allocator": "keeps freed memory" if keeps_memory else os.environ.get("LD_PRELOAD", "as it was set"),
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -880,7 +881,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    description = machine()
+    # For both sides of every comparison, as train.py does. Suites that measure memory do so in processes of their own.
+    description = machine(device.type == "cpu" and keep_freed_memory())
     print("\n".join(f"{key}: {value}" for key, value in description.items()))
     print("\nmedian [quartiles], then x = the baseline's value / this one's, median over rounds [quartiles]")
     rows: list[Row] = []

@@ -51,7 +51,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer_json: str, location: str) -> None:
         self._json = tokenizer_json
-        self._location = location
+        self.location = location
         raw = json.loads(tokenizer_json)
         added = raw.get("added_tokens") or []
         self.special_ids = {token["content"]: int(token["id"]) for token in added if token["special"]}
@@ -62,6 +62,10 @@ class TextEncoder:
         self._fast = _tekken_encoding(raw)
         # Ids of ordinary tokens begin behind the special ones in this kind of tokenizer.
         self._first_id = 0 if self._fast is None else self._fast[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process makes the reference when it needs one: it would travel as text, and be parsed again.
+        return self.__dict__ | {"_reference": None}
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextEncoder":
@@ -130,7 +134,10 @@ class TextEncoder:
         assert self._fast is not None
         if len(text) > _LONG_TEXT and _LONG_SPACE.search(text):
             return self.encode_reference([text])[0]
-        return np.array(self._fast[0].encode_ordinary(text), dtype=np.int64) + self._first_id
+        ids = self._fast[0].encode_ordinary(text)
+        tokens = np.fromiter(ids, dtype=np.int64, count=len(ids))
+        tokens += self._first_id
+        return tokens
 
 
 def check_encoder(encoder: TextEncoder, sample: Sequence[str]) -> None:
@@ -142,12 +149,13 @@ def check_encoder(encoder: TextEncoder, sample: Sequence[str]) -> None:
     spelled = [text for token in encoder.special_ids for text in (token, f"a{token}b {token}\n")]
     texts = [*sample, *HARD_CASES, *spelled]
     encoded = encoder.encode(texts)
-    special = np.array(sorted(encoder.special_ids.values()), dtype=np.int64)
+    is_special = np.zeros(encoder.vocab_size, dtype=np.bool_)
+    is_special[list(encoder.special_ids.values())] = True
     for text, ids in zip(texts, encoded, strict=True):
-        found = ids[np.isin(ids, special)]
+        found = ids[is_special[ids]]
         if len(found):
             raise DataError(
-                encoder._location,
+                encoder.location,
                 f"the text {_shortened(text)} becomes the special token {int(found[0])}: a corpus could end its own "
                 "documents",
                 "use a tokenizer whose special tokens can be split in text",
@@ -160,7 +168,7 @@ def check_encoder(encoder: TextEncoder, sample: Sequence[str]) -> None:
             differs = np.flatnonzero(ids[:length] != expected[:length])
             place = int(differs[0]) if len(differs) else length
             raise DataError(
-                encoder._location,
+                encoder.location,
                 f"the fast path and the tokenizers library differ in {_shortened(text)} from token {place} on: "
                 f"{ids[place : place + 5].tolist()} and {expected[place : place + 5].tolist()}",
                 "the installed versions of tiktoken and tokenizers read this tokenizer differently; install those that "
@@ -201,16 +209,13 @@ def _tekken_encoding(raw: dict[str, Any]) -> tuple[tiktoken.Encoding, int] | Non
     special = {int(token["id"]) for token in raw.get("added_tokens") or []}
     if any(not token["special"] for token in raw.get("added_tokens") or []) or special != set(range(len(special))):
         return None
+    ordinary = {token: number for token, number in model["vocab"].items() if number not in special}
     letters = _byte_of_letter()
-    ranks: dict[bytes, int] = {}
-    for token, number in model["vocab"].items():
-        if number in special:
-            continue
-        try:
-            ranks[bytes(map(letters.__getitem__, token))] = number - len(special)
-        except KeyError:
-            return None
-    if sorted(ranks.values()) != list(range(len(ranks))) or sorted(len(token) for token in ranks)[:256] != [1] * 256:
+    if not letters.keys() >= set("".join(ordinary)):
+        return None
+    table = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+    ranks = {token.translate(table).encode("latin-1"): number - len(special) for token, number in ordinary.items()}
+    if sorted(ranks.values()) != list(range(len(ordinary))) or any(bytes([byte]) not in ranks for byte in range(256)):
         return None
     encoding = tiktoken.Encoding("tekken", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return encoding, len(special)

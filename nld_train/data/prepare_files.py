@@ -138,8 +138,8 @@ def prepare_files(
             _check_or_write_plan(folder, plan)
             for stale in (folder, folder / WORK_FOLDER):
                 remove_temporary(stale)
-            _make_tokenizer(folder, inputs, options, progress)
-            records, encoder, eos_token_id, tokenizer_hash = _write_shards(folder, inputs, options, pool, progress)
+            encoder = _make_tokenizer(folder, inputs, options, progress)
+            records, eos_token_id, tokenizer_hash = _write_shards(folder, inputs, options, encoder, pool, progress)
         finish(
             folder,
             records,
@@ -281,11 +281,11 @@ def _found(folder: Path, plan: dict[str, Any], progress: PrepareProgress) -> Pre
 
 def _make_tokenizer(
     folder: Path, inputs: Sequence[InputFile], options: PrepareOptions, progress: PrepareProgress
-) -> None:
-    """``tokenizer/``, whole or not at all; one that is there is kept."""
+) -> TextEncoder:
+    """``tokenizer/``, whole or not at all; one that is there is kept. Returns its encoder, which takes a second."""
     target = folder / "tokenizer"
     if target.is_dir():
-        return
+        return TextEncoder.from_folder(target)
     with publish_folder(target) as temporary:
         made = temporary / "made"
         if options.tokenizer.startswith("train:"):
@@ -297,10 +297,13 @@ def _make_tokenizer(
             convert_tekken(Path(options.tokenizer), made)
         else:
             copy_tokenizer(Path(options.tokenizer), made)
-        TextEncoder.from_folder(made).end_token_id(made)  # before it is kept: a rerun would not make it again
+        encoder = TextEncoder.from_folder(made)
+        encoder.location = str(target / "tokenizer.json")
+        encoder.end_token_id(made)  # before it is kept: a rerun would not make it again
         for path in made.iterdir():
             path.rename(temporary / path.name)
         made.rmdir()
+    return encoder
 
 
 def _training_sample(inputs: Sequence[InputFile], options: PrepareOptions, progress: PrepareProgress) -> Iterator[str]:
@@ -348,11 +351,17 @@ def _is_unicode(text: str) -> bool:
 
 
 def _write_shards(
-    folder: Path, inputs: Sequence[InputFile], options: PrepareOptions, pool: "_Pool", progress: PrepareProgress
-) -> tuple[list[ShardRecord], TextEncoder, int, str]:
+    folder: Path,
+    inputs: Sequence[InputFile],
+    options: PrepareOptions,
+    encoder: TextEncoder,
+    pool: "_Pool",
+    progress: PrepareProgress,
+) -> tuple[list[ShardRecord], int, str]:
+    """Returns what was written, the id of the end token, and the hash of the tokenizer."""
     tokenizer_folder = folder / "tokenizer"
-    pool.begin(_load_encoder, tokenizer_folder)
-    encoder = TextEncoder.from_folder(tokenizer_folder)
+    _keep_encoder((tokenizer_folder, encoder))  # for jobs in this process
+    pool.begin(_keep_encoder, (tokenizer_folder, encoder))
     eos_token_id = encoder.end_token_id(tokenizer_folder)
     tokenizer_hash = sha256_of_folder(tokenizer_folder)
     shards = plan_shards(inputs, options.read, options.shard_bytes)
@@ -365,8 +374,6 @@ def _write_shards(
         f"{'tiktoken' if encoder.is_fast else 'the tokenizers library'} encodes, {pool.workers} workers"
     )
     check_encoder(encoder, _sample(inputs, shards, options.read))
-    _ENCODERS.clear()
-    _ENCODERS[tokenizer_folder] = encoder  # for a pool of one, which is this process
     jobs = []
     for number, pieces in enumerate(shards):
         used = sorted({piece.file for piece in pieces})
@@ -386,7 +393,7 @@ def _write_shards(
     progress.phase(
         "tokenising", total_documents=0, total_bytes=sum(piece.size for pieces in shards for piece in pieces)
     )
-    return pool.run(_write_or_keep, jobs), encoder, eos_token_id, tokenizer_hash
+    return pool.run(_write_or_keep, jobs), eos_token_id, tokenizer_hash
 
 
 _ENCODERS: dict[Path, TextEncoder] = {}
@@ -400,8 +407,9 @@ def _encoder(tokenizer_folder: Path) -> TextEncoder:
     return _ENCODERS[tokenizer_folder]
 
 
-def _load_encoder(tokenizer_folder: Path) -> None:
-    _encoder(tokenizer_folder)
+def _keep_encoder(made: tuple[Path, TextEncoder]) -> None:
+    _ENCODERS.clear()
+    _ENCODERS.update([made])
 
 
 def _write_or_keep(job: _ShardJob) -> ShardRecord:
@@ -456,7 +464,8 @@ def _begin_worker(reports: Any) -> None:
 
 
 class _Pool:
-    """Runs jobs in ``workers`` processes (one: in this process) and hands their progress on; a context manager."""
+    """Runs jobs in ``workers`` processes (one worker, or one job: in this process) and hands their progress on; a
+    context manager."""
 
     def __init__(self, workers: int, progress: PrepareProgress) -> None:
         if workers < 1:
@@ -479,7 +488,7 @@ class _Pool:
 
     def run(self, work: Callable[[Any], Result], jobs: Sequence[Any]) -> list[Result]:
         """The results of ``work`` on every job, in order. The first error ends all."""
-        if self.workers == 1:
+        if self.workers == 1 or len(jobs) == 1:
             return self._run_here(work, jobs)
         executor = self._started()
         try:

@@ -15,6 +15,7 @@ from nld_train.config.validate import notices
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_model
+from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import Platform, initialize_device
 from nld_train.platform.topology import Topology, topology_of
 from nld_train.training.callbacks import build_callbacks
@@ -35,6 +36,7 @@ def run(config: Config) -> None:
         NLDError: something in the configuration, the data or a checkpoint cannot be used.
     """
     platform = initialize_device(config.train.device)
+    keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
     try:
         with topology_of(config.parallel, platform, seed=config.run.seed) as topology:
@@ -76,7 +78,7 @@ def run(config: Config) -> None:
 
             if is_main:
                 callbacks = build_callbacks(config)
-            callbacks.on_run_start(describe(config, stages, start_step, platform, topology))
+            callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
             for line in notices(config):
                 callbacks.on_message(line)
             trainer = Trainer(
@@ -140,7 +142,12 @@ def connect(model: NLDModel, wrapped: DistributedDataParallel, optimizer: Any) -
 
 
 def describe(
-    config: Config, stages: tuple[Stage, ...], start_step: int, platform: Platform, topology: Topology
+    config: Config,
+    stages: tuple[Stage, ...],
+    start_step: int,
+    platform: Platform,
+    topology: Topology,
+    keeps_memory: bool,
 ) -> RunInfo:
     """What the callbacks show at the start."""
     shape = config.model
@@ -162,6 +169,7 @@ def describe(
             "ranks": f"{topology.world_size} (tensor {topology.tensor_parallel_size} x pipeline "
             f"{topology.pipeline_size} x data {topology.data_parallel_size}), {platform.distributed_backend}",
             "threads per rank": str(torch.get_num_threads()),
+            "allocator": "keeps freed memory" if keeps_memory else "as it was set",
         },
     )
 

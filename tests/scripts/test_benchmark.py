@@ -64,7 +64,7 @@ def test_results_are_stored_with_the_machine(benchmark: dict[str, Any], tmp_path
     comparison = benchmark["Comparison"](title="t", variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
     rows = benchmark["run_comparison"]("s", comparison, rounds=2, warmup=0)
     path = tmp_path / "new" / "result.json"
-    benchmark["write_json"](path, benchmark["machine"](), rows)
+    benchmark["write_json"](path, benchmark["machine"](False), rows)
     stored = json.loads(path.read_text())
     assert stored["machine"]["torch"] == torch.__version__
     assert [(row["variant"], row["ratio"], row["rounds"]) for row in stored["rows"]] == [("a", 1.0, 2)]
