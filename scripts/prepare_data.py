@@ -137,8 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "prepare":
         if arguments.messages_field is None and arguments.tokenizer is None:
             head.error("prepare: --tokenizer is needed (a folder, a tekken.json, or train:SIZE)")
-        if arguments.workers < 1 or arguments.shard_mb <= 0:
-            head.error("prepare: --workers and --shard-mb have to be positive")
+        if arguments.workers < 1 or not 1e-6 <= arguments.shard_mb < float("inf"):  # nan is neither
+            head.error(
+                f"prepare: --workers {arguments.workers} and --shard-mb {arguments.shard_mb} have to be positive"
+            )
     try:
         return int(arguments.run(arguments))
     except NLDError as error:

@@ -39,7 +39,9 @@ from nld_train.data.shards import (
     ShardRecord,
     complete_shard,
     finish,
+    has_complete_shards,
     is_held_out,
+    json_text,
     remove_temporary,
     source_hash,
     utf8_size,
@@ -221,8 +223,11 @@ def _tokenizer_key(tokenizer: str) -> str:
 
 def _check_or_write_plan(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / WORK_FOLDER / "plan.json"
-    if not path.is_file():
-        write_json(path, plan)
+    if not path.is_file() or not has_complete_shards(folder):
+        # A first try that ended before its first shard (a wrong option, a wrong line) binds nobody.
+        if not path.is_file() or path.read_text(encoding="utf-8") != json_text(plan):
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            write_json(path, plan)
         return
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))

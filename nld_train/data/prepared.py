@@ -5,17 +5,20 @@ train-00000.bin  train-00000.idx ...    shards, Megatron indexed datasets; every
 validation.bin  validation.idx          documents that no training file holds, in the order of their sources' hashes
 <part>.lengths.npy                      int32 [documents]: tokens of each document, over all shards of the part
 <part>.starts.npy                       int64 [documents + 1]: tokens of the part before each document, and all
+<part>.crc32.npy                        uint32: checksums of the .bin files, a number for each 4096 bytes of a shard
 token_counts.npy                        int64 [vocabulary]: how often each token occurs, in both parts together
 tokenizer/                              Hugging Face tokenizer folder
 
 A corpus may have ten thousand shards: opening it looks at the sizes of the files and reads what stands once for all
-shards. A shard's own index is compared with that when the shard is first read, or at once where there are few.
+shards. A shard's own index is compared with that when the shard is first read, or at once where there are few. Tokens
+are compared with their checksums whenever they are read, so no byte that has changed is ever trained on.
 """
 
 import dataclasses
 import hashlib
 import json
 import struct
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ import numpy as np
 from nld_train.data.files import sha256_of_file
 from nld_train.errors import DataError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the same text and options give other files; part of every cache's name."""
 
 MANIFEST_NAME = "manifest.json"
@@ -37,12 +40,17 @@ VALIDATION = "validation"
 WORK_FOLDER = ".preparing"
 """In a folder that is being prepared: what is needed to go on after an interruption. A complete one has it no more."""
 
+CHECKSUM_BYTES = 4096
+"""Of a .bin file that have a checksum: a page, so that checking reads no more of the disk than reading does."""
+
 # Files up to this size (bytes) are hashed whenever a corpus is opened; larger ones are checked by size and structure.
 _HASH_LIMIT = 64 << 20
 # Parts with more shards than this are neither hashed nor read when a corpus is opened, but on first use.
 _EAGER_SHARDS = 16
 # Memory maps hold file descriptors, of which a process has 1024 by default.
 _MAX_OPEN_SHARDS = 256
+_opened: OrderedDict[Path, np.ndarray] = OrderedDict()
+"""Tokens of the shards that this process has mapped, of all corpora, the least recently opened first."""
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -218,6 +226,7 @@ class PreparedCorpus:
 
 class TokenDocuments:
     """The documents of a part, read through memory maps. A shard is mapped when it is read; a bounded number stays.
+    What is read is compared with its checksums.
 
     Args:
         corpus: an opened corpus.
@@ -227,18 +236,20 @@ class TokenDocuments:
         sequence_lengths: int32 [documents], tokens of each document.
 
     Raises:
-        DataError: on reading, a shard whose files are not those that the corpus was opened with.
+        DataError: on reading, a shard whose files are not those that were prepared; names the file and the offset.
     """
 
     def __init__(self, corpus: PreparedCorpus, part: str) -> None:
         self.sequence_lengths = _load(corpus.folder / f"{part}.lengths.npy")
         self._starts = _load(corpus.folder / f"{part}.starts.npy")
+        self._checksums = _load(corpus.folder / f"{part}.crc32.npy")
         self._corpus = corpus
         self._part = part
         shards = corpus.manifest.shards[part]
         self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)]).tolist()
         self._first_tokens = np.cumsum([0, *(shard.tokens for shard in shards)]).tolist()
-        self._opened: OrderedDict[int, np.ndarray] = OrderedDict()
+        item_size = np.dtype(corpus.manifest.dtype).itemsize
+        self._first_checksums = np.cumsum([0, *(num_checksums(shard.tokens * item_size) for shard in shards)]).tolist()
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
@@ -249,20 +260,51 @@ class TokenDocuments:
         shard = bisect_right(self._first_documents, document) - 1
         before = self._first_tokens[shard]
         start, end = int(self._starts[document]) - before + offset, int(self._starts[document + 1]) - before
-        return self._tokens(shard)[start : end if length is None else start + length]
+        held = self._tokens(shard)
+        tokens = held[start : end if length is None else start + length]
+        self._check(shard, held, start, start + len(tokens))
+        return tokens
+
+    def _check(self, shard: int, held: np.ndarray, start: int, end: int) -> None:
+        """Compare tokens [start, end) of a shard, and what else is in their blocks, with the checksums."""
+        content, first_checksum = held.view(np.uint8).data, self._first_checksums[shard]
+        for block in range(start * held.itemsize // CHECKSUM_BYTES, num_checksums(end * held.itemsize)):
+            offset = block * CHECKSUM_BYTES
+            if zlib.crc32(content[offset : offset + CHECKSUM_BYTES]) != self._checksums[first_checksum + block]:
+                raise DataError(
+                    str(_with_suffix(self._corpus.prefix(self._part, shard), "bin")),
+                    f"has changed since it was prepared: the {CHECKSUM_BYTES} bytes from offset {offset} do not have "
+                    f"the checksum that {self._part}.crc32.npy lists",
+                    _REMEDY,
+                )
 
     def _tokens(self, shard: int) -> np.ndarray:
-        tokens = self._opened.get(shard)
+        path = _with_suffix(self._corpus.prefix(self._part, shard), "bin")
+        tokens = _opened.get(path)
+        if shard not in self._checked:
+            check_shard(self._corpus, self._part, shard, self.sequence_lengths, self._first_documents[shard])
+            first, last = self._first_documents[shard], self._first_documents[shard + 1]
+            if not np.array_equal(np.diff(self._starts[first : last + 1]), self.sequence_lengths[first:last]):
+                raise DataError(
+                    str(self._corpus.folder / f"{self._part}.starts.npy"),
+                    f"does not agree with {self._part}.lengths.npy in documents {first} to {last - 1}",
+                    _REMEDY,
+                )
+            self._checked.add(shard)
+            tokens = None  # another file of that name may have been mapped before
         if tokens is None:
-            if shard not in self._checked:
-                check_shard(self._corpus, self._part, shard, self.sequence_lengths, self._first_documents[shard])
-                self._checked.add(shard)
             # A plain view of the map: slices of a memmap cost microseconds each.
             tokens = np.asarray(self._corpus.tokens(self._part, shard)).view(np.ndarray)
-            while len(self._opened) >= _MAX_OPEN_SHARDS:
-                self._opened.popitem(last=False)
-            self._opened[shard] = tokens
+            _opened.pop(path, None)
+            while len(_opened) >= _MAX_OPEN_SHARDS:
+                _opened.popitem(last=False)
+            _opened[path] = tokens
         return tokens
+
+
+def num_checksums(num_bytes: int) -> int:
+    """Checksums of the first ``num_bytes`` of a .bin file."""
+    return -(-num_bytes // CHECKSUM_BYTES)
 
 
 def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
@@ -396,7 +438,8 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
     parts = {TRAIN, VALIDATION}
     missing = sorted(parts - set(manifest.parts)) or sorted(parts - set(manifest.shards))
     if not missing:
-        needed = {f"{part}.{array}.npy" for part in parts for array in ("lengths", "starts")} | {"token_counts.npy"}
+        needed = {f"{part}.{array}.npy" for part in parts for array in ("lengths", "starts", "crc32")}
+        needed.add("token_counts.npy")
         for shards in manifest.shards.values():
             needed |= {f"{shard.name}.{suffix}" for shard in shards for suffix in ("bin", "idx")}
         missing = sorted(needed - set(manifest.files))

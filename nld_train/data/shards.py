@@ -4,7 +4,7 @@ The work of a corpus is cut into shards that know nothing of each other. Each le
 
     train-00012.bin  .idx                         its training documents
     .preparing/validation-00012.bin  .idx         its held-out documents
-    .preparing/00012.npz                          token counts, hashes of the held-out documents' sources
+    .preparing/00012.npz                          token counts, checksums, hashes of the held-out documents' sources
     .preparing/00012.json                         counts, sizes and hashes; written last: the shard is complete
 
 and :func:`finish` makes the corpus of them: one validation file in the order of the hashes, the places of all
@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 import uuid
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from nld_train.data.corpora import Document
 from nld_train.data.encoding import TextEncoder
 from nld_train.data.files import fsync, sha256_of_file
 from nld_train.data.prepared import (
+    CHECKSUM_BYTES,
     DTYPE_CODES,
     FORMAT_VERSION,
     INDEX_HEADER,
@@ -76,7 +79,8 @@ def is_held_out(hash_of_source: int, validation_fraction: float) -> bool:
 class TokenWriter:
     """Writes ``<prefix>.bin`` and ``<prefix>.idx``; use as a context manager.
 
-    Both are written under temporary names; on success they are on disk, and then renamed. Memory: 4 bytes a document.
+    Both are written under temporary names; on success they are on disk, and then renamed. Memory: 4 bytes a document,
+    and 4 for each checksum.
 
     Args:
         prefix: path without the suffix.
@@ -91,6 +95,8 @@ class TokenWriter:
         self._lengths: list[int] = []
         self._bin = self._temporary["bin"].open("wb")
         self._sha256 = hashlib.sha256()
+        self._checksums = array("I")
+        self._block = 0, 0  # checksum and size of the one that is not full
         self.num_tokens = 0
         self.files: dict[str, FileStats] = {}
         """After success: size and hash of both, by the suffix."""
@@ -121,8 +127,25 @@ class TokenWriter:
         data = tokens.astype(self._dtype).tobytes()
         self._bin.write(data)
         self._sha256.update(data)
+        self._add_checksums(memoryview(data))
         self._lengths.append(len(tokens))
         self.num_tokens += len(tokens)
+
+    def _add_checksums(self, data: memoryview) -> None:
+        checksum, size = self._block
+        while data:
+            part, data = data[: CHECKSUM_BYTES - size], data[CHECKSUM_BYTES - size :]
+            checksum, size = zlib.crc32(part, checksum), size + len(part)
+            if size == CHECKSUM_BYTES:
+                self._checksums.append(checksum)
+                checksum = size = 0
+        self._block = checksum, size
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """uint32: of each CHECKSUM_BYTES of the .bin file, and of what is left."""
+        last, size = self._block
+        return np.array([*self._checksums, *([last] if size else [])], dtype=np.uint32)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,8 +202,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------- one shard
@@ -212,6 +239,11 @@ def shard_name(part: str, number: int) -> str:
 
 def _record_path(folder: Path, number: int) -> Path:
     return folder / WORK_FOLDER / f"{number:05d}.json"
+
+
+def has_complete_shards(folder: Path) -> bool:
+    """Whether a shard of a folder that is being prepared was finished."""
+    return any((folder / WORK_FOLDER).glob("[0-9]*.json"))
 
 
 def complete_shard(folder: Path, number: int) -> ShardRecord | None:
@@ -282,7 +314,9 @@ def write_shard(
 
     def save(path: Path) -> None:
         with path.open("wb") as stream:  # given a path, numpy would append .npz to it
-            np.savez_compressed(stream, counts=counts, hashes=np.array(hashes, dtype=np.uint64))
+            np.savez_compressed(
+                stream, counts=counts, checksums=train.checksums, hashes=np.array(hashes, dtype=np.uint64)
+            )
 
     write_file(arrays, save)
     files = {f"{train_name}.{suffix}": stats for suffix, stats in train.files.items()}
@@ -405,13 +439,21 @@ def finish(
     for part in (TRAIN, VALIDATION):
         write_places(folder, part, shards[part])
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for number in range(len(records)):
-        counts += _arrays(folder, number)["counts"]
+    checksums = []
+    for number, record in enumerate(records):
+        arrays = _arrays(folder, number)
+        counts += arrays["counts"]
+        if record.train_documents:
+            checksums.append(arrays["checksums"])
     write_file(folder / "token_counts.npy", lambda path: _save(path, counts))
-    for path in sorted(folder.rglob("*")):
+    write_file(folder / f"{TRAIN}.crc32.npy", lambda path: _save(path, np.concatenate(checksums)))
+    write_file(folder / f"{VALIDATION}.crc32.npy", lambda path: _save(path, held.checksums))
+    # Not all that is in the folder: what somebody else has put there is none of the corpus.
+    of_parts = [f"{part}.{array}.npy" for part in (TRAIN, VALIDATION) for array in ("lengths", "starts", "crc32")]
+    of_tokenizer = [path for path in sorted((folder / "tokenizer").rglob("*")) if path.is_file()]
+    for path in [*(folder / name for name in of_parts), folder / "token_counts.npy", *of_tokenizer]:
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files and not name.startswith((WORK_FOLDER, MANIFEST_NAME)):
-            files[name] = FileStats(size=path.stat().st_size, sha256=sha256_of_file(path))
+        files[name] = FileStats(size=path.stat().st_size, sha256=sha256_of_file(path))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         corpus=corpus,

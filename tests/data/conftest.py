@@ -1,6 +1,7 @@
 """Small corpora, and prepared folders written by hand, for the tests of the data layer."""
 
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,6 +86,9 @@ def write_corpus(tmp_path: Path) -> Callable[..., PreparedCorpus]:
             parts[part] = PartStats(documents=len(documents), tokens=num_tokens)
             shards[part] = [ShardStats(name=part, documents=len(documents), tokens=num_tokens)]
             write_places(path, part, shards[part])
+            content = (path / f"{part}.bin").read_bytes()
+            blocks = [content[start : start + 4096] for start in range(0, len(content), 4096)]
+            np.save(path / f"{part}.crc32.npy", np.array(list(map(zlib.crc32, blocks)), dtype=np.uint32))
         if counts is None:
             ids = np.concatenate([np.array(document, dtype=np.int64) for document in (*train, *validation)])
             counts = np.bincount(ids, minlength=vocab_size)

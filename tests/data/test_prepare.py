@@ -354,7 +354,7 @@ def test_large_files_are_still_checked_by_structure(write_corpus: WriteCorpus, m
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version": 3', '"format_version": 7', "format_version is 7"),
+        ('"format_version": 4', '"format_version": 7', "format_version is 7"),
         ('"eos_token_id"', '"eos"', "not a manifest .*eos"),
         ('"train-00000.bin"', '"other.bin"', r"says nothing of train-00000\.bin"),
         ("{", "", "cannot be read"),

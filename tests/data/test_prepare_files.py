@@ -22,6 +22,7 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from nld_train.data import prepared
 from nld_train.data.inputs import Format, Piece, PieceReader, ReadOptions, SampleBy, find_inputs, plan_shards
 from nld_train.data.prepare_files import PrepareOptions, prepare_files
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, open_prepared
@@ -242,6 +243,22 @@ def test_complete_shards_are_kept_and_damaged_ones_written_again(prepare: Prepar
     resumed = prepare(source, shard_bytes=20_000)
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert bytes_of(resumed.folder) == bytes_of(calm.folder)
+
+
+def test_a_first_try_without_a_shard_binds_nobody(prepare: Prepare, tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    write_jsonl(source, make_texts(40))
+    good = source.read_text(encoding="utf-8")
+    source.write_text("{}\n" + good, encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.jsonl: line 1"):
+        prepare(source, tokenizer_="train:300", name="other")
+    assert (tmp_path / "out" / ".preparing" / "plan.json").is_file()
+    source.write_text(good, encoding="utf-8")
+    (tmp_path / "out" / "notes.txt").write_text("not a part of the corpus")
+    corpus = prepare(source, shard_bytes=20_000)
+    assert "notes.txt" not in corpus.manifest.files
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert bytes_of(corpus.folder) == bytes_of(prepare(source, out="calm", shard_bytes=20_000).folder)
 
 
 def test_other_options_and_changed_inputs_are_refused_by_name(prepare: Prepare, tmp_path: Path) -> None:
@@ -502,7 +519,9 @@ def test_many_shards_open_quickly_and_are_checked_when_read(
     everything = [documents.get(number).tolist() for number in range(len(documents))]
     order = random.Random(0).sample(range(len(documents)), len(documents))
     assert [documents.get(number).tolist() for number in order] == [everything[number] for number in order]
-    assert len(documents._opened) == 2
+    again = corpus.documents(TRAIN)  # the bound is one for all that a process reads
+    assert [again.get(number).tolist() for number in order] == [everything[number] for number in order]
+    assert len(prepared._opened) == 2
     # Another shard's index, padded to the size that the manifest lists, is met when its shard is read.
     one, other = folder / "train-00002.idx", folder / "train-00003.idx"
     content = bytearray(one.read_bytes())
@@ -518,6 +537,41 @@ def test_many_shards_open_quickly_and_are_checked_when_read(
     other.unlink()
     with pytest.raises(DataError, match=r"train-00003\.idx: is missing"):
         open_prepared(folder)
+
+
+def test_a_changed_byte_is_never_read(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nld_train.data.prepared._EAGER_SHARDS", 0)  # nothing is hashed on opening
+    monkeypatch.setattr("nld_train.data.prepared._HASH_LIMIT", 0)
+    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", make_texts(300, words=100)), shard_bytes=60_000)
+    path = corpus.folder / "train-00001.bin"
+    whole = path.read_bytes()
+    lengths = corpus.documents(TRAIN).sequence_lengths
+    first = corpus.manifest.shards[TRAIN][0].documents
+    ends = np.cumsum(lengths[first : first + corpus.manifest.shards[TRAIN][1].documents]) * 2
+    assert ends[-1] == len(whole) > 3 * 4096
+    for place in (0, 4095, 4096, 9000, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        documents = open_prepared(corpus.folder).documents(TRAIN)
+        block = place // 4096 * 4096
+        refused = []
+        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            with contextlib.suppress(DataError):
+                documents.get(first + number)
+                continue
+            refused.append((begin, end))
+            with pytest.raises(DataError, match=rf"train-00001\.bin: has changed .* 4096 bytes from offset {block} "):
+                documents.get(first + number)
+        # All documents that have bytes in the block, and no others.
+        assert refused == [(b, e) for b, e in zip([0, *ends], ends, strict=False) if b < block + 4096 and e > block]
+        assert documents.get(0).size == lengths[0]
+    path.write_bytes(whole)
+    documents = open_prepared(corpus.folder).documents(TRAIN)
+    assert sum(documents.get(number).size for number in range(len(documents))) == lengths.sum()
+    starts = np.load(corpus.folder / "train.starts.npy")
+    starts[first + 1] += 1
+    np.save(corpus.folder / "train.starts.npy", starts)
+    with pytest.raises(DataError, match=r"train\.starts\.npy: does not agree with train\.lengths\.npy in documents"):
+        open_prepared(corpus.folder).documents(TRAIN).get(first)
 
 
 def _peak_anonymous(command: list[str]) -> float:
