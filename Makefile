@@ -10,6 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 ifeq ($(PYTHON),python3)
 VENV := .venv
@@ -32,8 +33,8 @@ endif
 train: $(STAMP) ## Train the tiny experiment from the corpus to the exported checkpoint (ARGS="key=value ...")
 	@$(RUN) train.py $(ARGS)
 
-test: $(STAMP) ## Run the tests that take seconds
-	@$(RUN) -m pytest -q $(ARGS)
+test: $(STAMP) ## Run the tests that take seconds (WORKERS=2 processes)
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-long: $(STAMP) ## Run the tests that take minutes
 	@$(RUN) -m pytest -q -m long $(ARGS)
