@@ -215,8 +215,8 @@ def test_random_kills_are_bit_exact(undisturbed: Path, cache: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "layout",
-    ["", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
-    ids=["dp2", "tp2", "pp2"],
+    ["", *(f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context"))],
+    ids=["dp2", "tp2", "pp2", "cp2"],
 )
 def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: Path, layout: str) -> None:
     """Through torchrun; losses agree with one process, and the export of any layout is the same model."""

@@ -189,7 +189,7 @@ class TrainConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = 1  # ranks that share every layer
     pipeline_model_parallel_size: int = 1  # ranks that hold consecutive layers
-    context_parallel_size: int = 1  # ranks that share a sequence; only 1 is supported yet
+    context_parallel_size: int = 1  # ranks that share a sequence; twice as many chunks of whole blocks make it up
 
 
 @dataclass(slots=True, kw_only=True)

@@ -467,7 +467,7 @@ def _checkpoint_export_wandb(config: Config) -> Iterable[Problem]:
 
 def _parallel(config: Config) -> Iterable[Problem]:
     model = config.model
-    yield from _at_least(config, 1, "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size")
+    yield from _at_least(config, 1, *(f"parallel.{name}_parallel_size" for name in _GROUPS))
     tensor, pipeline, context = _sizes(config)
     if tensor >= 1 and (left_over := [f"{key}={size}" for key, size in _split_by_tensor(config) if size % tensor]):
         yield Problem(
@@ -483,12 +483,21 @@ def _parallel(config: Config) -> Iterable[Problem]:
             f"use parallel.pipeline_model_parallel_size={_working_pipeline_size(config)} "
             f"(what works for this model: {_listing(_divisors(model.num_layers))})",
         )
-    if context != 1:
+    uncut = [
+        f"{key}={length}{f' of blocks of {unit}' if unit > 1 else ''}"
+        for key, length, unit in _cut_by_context(config)
+        if context > 1 and length % (2 * context * unit)
+    ]
+    if uncut:
         yield Problem(
             "parallel.context_parallel_size",
-            f"{context}: context parallelism is not supported yet" if context > 1 else f"{context} is too small",
-            "use parallel.context_parallel_size=1",
+            f"{' and '.join(uncut)} cannot be cut into 2 x {context} equal chunks",
+            f"use parallel.context_parallel_size={_working_context_size(config)} "
+            f"(what works here: {_listing(_context_sizes(config))}), or another sequence length",
         )
+
+
+_GROUPS = ("tensor_model", "pipeline_model", "context")
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -524,6 +533,26 @@ def _working_pipeline_size(config: Config) -> int:
     return nearest(config.parallel.pipeline_model_parallel_size, _divisors(max(1, config.model.num_layers)))
 
 
+def _cut_by_context(config: Config) -> list[tuple[str, int, int]]:
+    """Sequence lengths that are cut into chunks for context-parallel ranks, and what a chunk must be a multiple of."""
+    # Where there are documents, as in conversations, a block may go on beyond the chunk that it begins in.
+    block_size = config.objective.block_size if config.data.document_mask is DocumentMask.none else 1
+    lengths = [("data.sequence_length", config.data.sequence_length, block_size)]
+    for name, stage in config.stages.items():
+        if stage.sequence_length is not None:
+            lengths.append((f"stages.{name}.sequence_length", stage.sequence_length, 1))
+    return [item for item in lengths if min(item[1:]) >= 1]
+
+
+def _context_sizes(config: Config) -> list[int]:
+    halves = [length // (2 * unit) for _, length, unit in _cut_by_context(config) if length % (2 * unit) == 0]
+    return _divisors(math.gcd(*halves)) if halves and len(halves) == len(_cut_by_context(config)) else [1]
+
+
+def _working_context_size(config: Config) -> int:
+    return nearest(config.parallel.context_parallel_size, _context_sizes(config))
+
+
 def _listing(values: list[int]) -> str:
     shown = ", ".join(map(str, values[:8]))
     return shown if len(values) <= 8 else f"{shown}, ..."
@@ -540,11 +569,12 @@ def _launch(config: Config, world_size: int) -> Iterable[Problem]:
         return
     # A size that was refused above must not end in a launch line that would be refused again: count with the
     # values that the other remedies propose.
-    ranks = _working_tensor_size(config) * _working_pipeline_size(config)
+    ranks = _working_tensor_size(config) * _working_pipeline_size(config) * _working_context_size(config)
     if min(tensor, pipeline, context) >= 1:
         key = max(
             ("parallel.tensor_model_parallel_size", tensor),
             ("parallel.pipeline_model_parallel_size", pipeline),
+            ("parallel.context_parallel_size", context),
             key=lambda item: item[1],
         )[0]
         yield Problem(
@@ -553,7 +583,7 @@ def _launch(config: Config, world_size: int) -> Iterable[Problem]:
             f"the {world_size} {'rank that is' if world_size == 1 else 'ranks that are'} launched",
             f"start `torchrun --nproc-per-node {ranks} train.py ...`"
             if ranks > 1
-            else "use parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1",
+            else "use " + " ".join(f"parallel.{name}_parallel_size=1" for name in _GROUPS),
         )
     yield from _batch(config, data_parallel_size=max(1, world_size // ranks))
 

@@ -2,10 +2,12 @@
 
 ``dense`` is torch's scaled_dot_product_attention under the whole mask. ``chunked`` (CPU) computes only what the mask
 keeps. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and both fast backends use torch's
-causal kernel. A layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence.
+causal kernel. A layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence; so
+has a context-parallel rank's shard, whose rows attend to clean tokens of all ranks.
 
 Dimensions: B sequences, S rows of the model's input (L, or 2L with a noisy half), L clean tokens, N noisy rows, H query
-heads, K key-value heads, G = H / K query heads per key-value head, D head dimension.
+heads, K key-value heads, G = H / K query heads per key-value head, D head dimension. There are N + L keys: the rows,
+but in a shard, where clean rows are fewer.
 """
 
 import math
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -29,6 +32,7 @@ from torch.nn.attention import flex_attention as flex
 
 from nld_train.config.schema import AttentionBackend
 from nld_train.errors import ConfigError, Problem
+from nld_train.model.context_parallel import gather_keys
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import cached_by_layout, dense_block_mask, flex_block_mask
 from nld_train.objective.sequence import RowTable, SequenceLayout
@@ -73,8 +77,8 @@ def joint_attention(
 
     Args:
         query: [B, H, S, D], any strides with a contiguous last dimension.
-        key: [B, K, S, D].
-        value: [B, K, S, D].
+        key: [B, K, N + L, D].
+        value: [B, K, N + L, D].
         layout: what the S rows are.
         backend: not ``auto``.
         softmax_scale: 1 / sqrt(D) by default.
@@ -96,7 +100,7 @@ def joint_attention(
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
 ) -> Tensor:
-    """[B, H, S, D]: every one of the S x S scores is computed, then masked. Runs anywhere."""
+    """[B, H, S, D]: every score of a row and a key is computed, then masked. Runs anywhere."""
     mask = dense_block_mask(layout, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
 
@@ -271,31 +275,28 @@ class _Chunk:
         return self.num_noisy_rows + self.stop - self.start
 
     def of(self, elements: Tensor, num_heads: int, *shape: int) -> Tensor:
-        """This chunk's n * num_heads * R elements of a tensor in the order of :meth:`_ChunkPlan.elements`: a view."""
+        """This chunk's n * num_heads * R elements of a tensor in the order of :meth:`_ChunkRows.elements`: a view."""
         first, last = self.first_row * num_heads, (self.first_row + len(self.sequences) * self.num_rows) * num_heads
         return elements[first:last].view(*shape, *elements.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
-class _ChunkPlan:
-    """How a micro-batch's rows fall into chunks: built once, used by all layers.
+class _ChunkRows:
+    """Which rows of a tensor the chunks take, in which order.
 
-    ``rows`` int64 [rows that are no padding]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``padding`` int64: the
-    other rows. ``allowed``: the mask of each chunk against its own rows, bool [n, R, R], or [1, R, R] where all n are
-    equal.
+    ``rows`` int64 [rows in chunks]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``others`` int64: the rows in no
+    chunk.
     """
 
     chunks: list[_Chunk]
     rows: Tensor
     num_rows: int
-    padding: Tensor
-    allowed: list[Tensor]
+    others: Tensor
     _elements: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def elements(self, num_heads: int) -> tuple[Tensor, Tensor]:
         """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); and its
-        inverse, int64 [S * B * num_heads], in which padding has some element of the last chunk."""
+        inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one."""
         if num_heads not in self._elements:
             heads = torch.arange(num_heads)[:, None]
             of_chunks = self.rows.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
@@ -312,12 +313,28 @@ class _ChunkPlan:
         return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1])[0])
 
     def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
-        """Inverse of :meth:`gather`, in Megatron's memory order; 0 on padding rows."""
+        """Inverse of :meth:`gather`, in Megatron's memory order; 0 on rows of no chunk."""
         num_sequences, num_heads, num_rows, dim = like.shape
         out = elements.index_select(0, self.elements(num_heads)[1]).view(self.num_rows, num_heads, dim)
-        if self.padding.numel() > 0:
-            out.index_fill_(0, self.padding, 0.0)
+        if self.others.numel() > 0:
+            out.index_fill_(0, self.others, 0.0)
         return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPlan:
+    """How a micro-batch's rows fall into chunks: built once, used by all layers.
+
+    ``queries``: of the S rows, all but padding. ``keys``: of the N + L keys; the same but for a shard, whose chunks
+    hold only its own clean tokens (of the others they see prefixes). ``allowed``: the mask of each chunk against its
+    own rows, bool [n, R, R], or [1, R, R] where all n are equal.
+    """
+
+    chunks: list[_Chunk]
+    queries: _ChunkRows
+    keys: _ChunkRows
+    allowed: list[Tensor]
+    _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def calls(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> Iterator[tuple[_Chunk, Tensor, int]]:
         """Each chunk, its additive mask [G / P * R, R] (or [n * K, 1, G / P * R, R]), and P, the parts its groups are
@@ -345,11 +362,14 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
     table, num_noisy = layout.table, layout.num_noisy_rows
     assert table is not None
-    num_sequences, length = table.blocks.shape[0], layout.clean_length
+    num_sequences, length = table.blocks.shape[0], layout.num_clean_rows
     is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
     noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
     block_starts = table.end_keys[:, :num_noisy]
     document_starts = table.first_keys[:, num_noisy:]
+    ranges = layout.shard.ranges(layout.clean_length)
+    if len(ranges) > 1:
+        noisy_places, block_starts = _clean_row_numbers(noisy_places, block_starts, ranges)
 
     # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
     crossings = torch.zeros(num_sequences, length + 2, dtype=torch.int64)
@@ -365,12 +385,22 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     for sequence in range(num_sequences):
         copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
         noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
-        begins_document = document_starts[sequence].numpy() == np.arange(length)
-        ends = _chunk_ends(boundaries[sequence].numpy(), begins_document, noisy_before, chunk_rows)
-        for start, stop in zip([0, *ends], ends, strict=False):
-            shape = (documents[start], start, stop, noisy_before[stop] - noisy_before[start])
-            alike.setdefault(shape, []).append((sequence, len(widths)))
-            widths.append(stop - start)
+        first = 0  # number of the range's first clean row
+        for range_start, range_stop in ranges:
+            last = first + range_stop - range_start
+            begins_document = document_starts[sequence, first:last].numpy() == np.arange(range_start, range_stop)
+            ends = _chunk_ends(
+                boundaries[sequence, first : last + 1].numpy(),
+                begins_document,
+                noisy_before[first : last + 1],
+                chunk_rows,
+            )
+            for start, stop in zip([0, *ends], ends, strict=False):
+                num_noisy_rows = noisy_before[first + stop] - noisy_before[first + start]
+                shape = (documents[first + start], range_start + start, range_start + stop, num_noisy_rows)
+                alike.setdefault(shape, []).append((sequence, len(widths)))
+                widths.append(stop - start)
+            first = last
     chunks: list[_Chunk] = []
     ranks = torch.empty(len(widths), dtype=torch.int64)  # of (chunk, sequence) in the plan's order
     first_row = num_ranked = 0
@@ -385,9 +415,33 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     order = torch.cat([2 * chunk_of_place.gather(1, noisy_places), 2 * chunk_of_place + 1], dim=1)
     order[:, :num_noisy].masked_fill_(~is_noisy, -1)
     by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
-    rows = by_chunk % layout.num_rows * num_sequences + by_chunk // layout.num_rows
+    sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
     padding = order.t().flatten().eq(-1).nonzero().squeeze(1)
-    return _ChunkPlan(chunks, rows, order.numel(), padding, _allowed_pairs(chunks, table, by_chunk))
+    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, order.numel(), padding)
+    if len(ranges) > 1:
+        key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
+        key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
+        is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
+        keys = _ChunkRows(chunks, key_rows, num_keys, is_other.nonzero().squeeze(1))
+    return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, layout.clean_length))
+
+
+def _clean_row_numbers(
+    noisy_places: Tensor, block_starts: Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Places as numbers of a shard's clean rows, for all noisy rows but padding.
+
+    A row beyond the end of the range in which its block begins counts as if it stood for the last token there: it needs
+    no clean token behind the beginning of its block.
+    """
+    row_numbers, start_numbers = torch.zeros_like(noisy_places), torch.zeros_like(block_starts)
+    first = 0
+    for start, stop in ranges:
+        is_here = (start <= block_starts) & (block_starts < stop)
+        row_numbers = torch.where(is_here, noisy_places.clamp_max(stop - 1) - start + first, row_numbers)
+        start_numbers = torch.where(is_here, block_starts - start + first, start_numbers)
+        first += stop - start
+    return row_numbers, start_numbers
 
 
 def _chunk_ends(
@@ -416,12 +470,12 @@ def _chunk_ends(
     return ends
 
 
-def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor) -> list[Tensor]:
+def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor, clean_length: int) -> list[Tensor]:
     """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk."""
     blocks, first_keys, end_keys = (
         x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
     )
-    places = torch.arange(table.blocks.shape[1], dtype=torch.int32)
+    places = torch.arange(clean_length, dtype=torch.int32)
     allowed: list[Tensor] = []
     for chunk in chunks:
         num_sequences, num_rows, num_noisy = len(chunk.sequences), chunk.num_rows, chunk.num_noisy_rows
@@ -448,7 +502,7 @@ class _TableAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
         plan = _chunk_plan(layout, TABLE_CHUNK_ROWS[query.dtype])
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        rows = plan.gather(query)
+        rows = plan.queries.gather(query)
         keys, values = _TableKeys(plan, key, layout), _TableKeys(plan, value, layout)
         out_rows = torch.empty_like(rows)
         log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
@@ -462,7 +516,7 @@ class _TableAttention(torch.autograd.Function):
                 part, part_lse = _merge(part, part_lse, *prefix)
             chunk.of(out_rows, *fold).copy_(part)
             chunk.of(log_sum_exp, *fold).copy_(part_lse)
-        out = plan.scatter(out_rows, query)
+        out = plan.queries.scatter(out_rows, query)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
         ctx.layout, ctx.plan, ctx.scale = layout, plan, scale
         return out
@@ -473,7 +527,7 @@ class _TableAttention(torch.autograd.Function):
         query, key, value, out, log_sum_exp = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        rows, out_rows, grad_out_rows = (plan.gather(x) for x in (query, out, grad_out))
+        rows, out_rows, grad_out_rows = (plan.queries.gather(x) for x in (query, out, grad_out))
         keys, values = _TableKeys(plan, key, ctx.layout), _TableKeys(plan, value, ctx.layout)
         grad_keys, grad_values = (_TableKeyGradients(x) for x in (keys, values))
         grad_rows = torch.empty_like(rows)
@@ -496,7 +550,7 @@ class _TableAttention(torch.autograd.Function):
                 grad_keys.add_prefix(chunk, of_keys)
                 grad_values.add_prefix(chunk, of_values)
             chunk.of(grad_rows, *fold).copy_(of_rows)
-        return plan.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
+        return plan.queries.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
 
 
 class _TableKeys:
@@ -505,7 +559,7 @@ class _TableKeys:
     def __init__(self, plan: _ChunkPlan, x: Tensor, layout: SequenceLayout) -> None:
         self.plan = plan
         self.num_heads = x.shape[1]
-        self.rows = plan.gather(x)
+        self.rows = plan.keys.gather(x)
         self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
 
     def own(self, chunk: _Chunk, parts: int) -> Tensor:
@@ -549,7 +603,7 @@ class _TableKeyGradients:
         return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.clean.dtype)
 
     def total(self, like: Tensor) -> Tensor:
-        total = self.keys.plan.scatter(self.rows, like)
+        total = self.keys.plan.keys.scatter(self.rows, like)
         clean = total[:, :, -self.clean.shape[2] :]
         clean.copy_(clean + self.clean)
         return total
@@ -587,16 +641,6 @@ class JointAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout != 0.0:
             raise ValueError(f"attention_dropout {dropout}: JointAttention has no dropout, set it to 0.0")
-        if config.context_parallel_size != 1:
-            raise ConfigError(
-                [
-                    Problem(
-                        "parallel.context_parallel_size",
-                        f"{config.context_parallel_size}: the attention does not split a sequence yet",
-                        "set it to 1",
-                    )
-                ]
-            )
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.rotary = rotary
@@ -622,7 +666,8 @@ class JointAttention(MegatronModule):
             value: [S, B, K, D].
             attention_mask: unused, the layout says what the mask is.
             attn_mask_type: unused.
-            attention_bias: the :class:`SequenceLayout` of the S rows.
+            attention_bias: the :class:`SequenceLayout` of the S rows; of a shard, keys and values of the other
+                context-parallel ranks are gathered (collective).
             packed_seq_params: not supported, None.
 
         Returns:
@@ -641,6 +686,16 @@ class JointAttention(MegatronModule):
             raise TypeError("JointAttention does not take packed_seq_params: sequences have one length")
         backend = resolve_backend(self.backend, query.device)
         query, key = self.rotary.apply(query, key, layout)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = joint_attention(query, key, value, layout, backend, self.softmax_scale)
+        query = query.permute(1, 2, 0, 3)
+        if layout.shard.size == 1:
+            key, value = (x.permute(1, 2, 0, 3) for x in (key, value))
+            out = joint_attention(query, key, value, layout, backend, self.softmax_scale)
+        else:
+            by_key_head = query.unflatten(1, (key.shape[2], -1))
+            group = parallel_state.get_context_parallel_group()
+            parts = [
+                joint_attention(by_key_head[:, heads].flatten(1, 2), keys, values, layout, backend, self.softmax_scale)
+                for heads, keys, values in gather_keys(key, value, layout, group)
+            ]
+            out = torch.cat(parts, dim=1)
         return out.permute(2, 0, 1, 3).flatten(2)

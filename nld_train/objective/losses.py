@@ -120,7 +120,7 @@ def loss_terms(
     terms.largest_weight = batch.diffusion_weights.max()
     terms.ratio_sum = batch.sequence_ratios.sum()
     terms.ratio_square_sum = batch.sequence_ratios.square().sum()
-    terms.num_sequences = batch.is_supervised.any(dim=1).sum().to(torch.float64)
+    terms.num_sequences = batch.is_counted.sum().to(torch.float64)
     buckets = (batch.mask_ratios * NUM_BUCKETS).ceil().sub(1).clamp(0, NUM_BUCKETS - 1).to(torch.int64)
     counted = is_masked.to(torch.float64)
     for total, values in (

@@ -4,7 +4,8 @@ One predicate, three forms: a function of indices (what flex_attention wants), a
 small diagonal blocks), and flex_attention's BlockMask. The last two are built once per (layout, device) and shared by
 all layers, so they must not be written to.
 
-Dimensions: B sequences, L clean tokens of a sequence, N noisy rows, S = N + L rows of the model's input.
+Dimensions: B sequences, L clean tokens of a sequence, N noisy rows, S = N + L rows of the model's input. Keys are the
+rows; those of a context rank's shard are its N noisy rows and all L clean tokens.
 """
 
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def block_mask_function(layout: SequenceLayout) -> MaskFunction:
         clean  7   .....  .....###
     """
     if layout.table is not None:
-        return _table_mask_function(layout.table, layout.num_noisy_rows)
+        return _table_mask_function(layout.table, layout.num_noisy_rows, layout.clean_length)
     length, block_size = layout.clean_length, layout.block_size
 
     def causal(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
@@ -115,15 +116,17 @@ def block_mask_function(layout: SequenceLayout) -> MaskFunction:
     return block if layout.has_noisy_half else causal
 
 
-def _table_mask_function(table: RowTable, num_noisy_rows: int) -> MaskFunction:
+def _table_mask_function(table: RowTable, num_noisy_rows: int, clean_length: int) -> MaskFunction:
     # Copies, as cached_by_layout wants them, and tensors only: a number that differs from micro-batch to micro-batch
     # would make torch.compile start again.
     blocks, first_keys, end_keys = (x.to(torch.int32) for x in (table.blocks, table.first_keys, table.end_keys))
-    places = torch.arange(-num_noisy_rows, blocks.shape[1] - num_noisy_rows, dtype=torch.int32, device=blocks.device)
+    places = torch.arange(-num_noisy_rows, clean_length, dtype=torch.int32, device=blocks.device)
+    # A shard has fewer rows than keys. Clean keys are told by their places; that all have block -1 does not matter.
+    key_blocks = torch.nn.functional.pad(blocks, (0, len(places) - blocks.shape[1]), value=-1)
 
     def of_table(batch: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
         place = places[key_row]  # negative for noisy keys, which no range of clean ones contains
-        is_own_block = (place < 0) & (blocks[batch, query_row] == blocks[batch, key_row])
+        is_own_block = (place < 0) & (blocks[batch, query_row] == key_blocks[batch, key_row])
         return is_own_block | (first_keys[batch, query_row] <= place) & (place < end_keys[batch, query_row])
 
     return of_table
@@ -132,14 +135,15 @@ def _table_mask_function(table: RowTable, num_noisy_rows: int) -> MaskFunction:
 @cached_by_layout
 @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
 def dense_block_mask(layout: SequenceLayout, device: torch.device) -> Tensor:
-    """bool [S, S], or [B, 1, S, S] with a table (which lies on ``device``, as the mask does): True where the row
+    """bool [S, S], or [B, 1, S, N + L] with a table (which lies on ``device``, as the mask does): True where the row
     (query) may attend to the column (key). Shared: do not write."""
     rows = torch.arange(layout.num_rows, device=device)
+    keys = torch.arange(layout.num_keys, device=device)
     unused = rows.new_zeros(())
     if layout.table is None:
-        return block_mask_function(layout)(unused, unused, rows[:, None], rows[None, :])
+        return block_mask_function(layout)(unused, unused, rows[:, None], keys[None, :])
     sequences = torch.arange(layout.table.blocks.shape[0], device=device)[:, None, None, None]
-    return block_mask_function(layout)(sequences, unused, rows[:, None], rows[None, :])
+    return block_mask_function(layout)(sequences, unused, rows[:, None], keys[None, :])
 
 
 @cached_by_layout
@@ -147,7 +151,11 @@ def dense_block_mask(layout: SequenceLayout, device: torch.device) -> Tensor:
 def flex_block_mask(layout: SequenceLayout, device: torch.device) -> BlockMask:
     """flex_attention's tile table of the same mask, for any number of heads, and any batch size without a table."""
     num_sequences = None if layout.table is None else layout.table.blocks.shape[0]
-    rows = layout.num_rows
     return create_block_mask(
-        block_mask_function(layout), B=num_sequences, H=None, Q_LEN=rows, KV_LEN=rows, device=device
+        block_mask_function(layout),
+        B=num_sequences,
+        H=None,
+        Q_LEN=layout.num_rows,
+        KV_LEN=layout.num_keys,
+        device=device,
     )

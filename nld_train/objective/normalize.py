@@ -61,7 +61,7 @@ def num_tokens(batch: JointBatch, normalization: str) -> Tensor:
     elif normalization == CONTRIBUTING:
         count = count_ar_tokens(batch) + count_masked_tokens(batch)
     else:
-        count = batch.is_supervised.any(dim=1).sum()
+        count = batch.is_counted.sum()
     return count.to(torch.int32)
 
 

@@ -2,17 +2,49 @@
 
 In the plain case the noisy part is a whole copy, [noisy L | clean L]. It may also hold only some of the blocks (a noisy
 fraction, the blocks with supervised tokens), two complementary copies, or blocks that start anew at each document;
-then a :class:`RowTable` says what each row is.
+then a :class:`RowTable` says what each row is. With context parallelism each rank takes a part of the rows
+(:func:`shard_batch`), and all of them attend to clean tokens of all ranks.
 
-Dimensions: B sequences, L clean tokens per sequence, N noisy rows, S = N + L rows of the model's input.
+Dimensions: B sequences, L clean tokens per sequence, N noisy rows, S = N + L rows of the model's input; in a shard
+S = N + L / size.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nld_train.objective.noise import Corruption
+
+SHARD_ROW_MULTIPLE = 128
+"""Where ranks and sequences have different numbers of noisy rows they are rounded up to it, so that shapes are few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The clean tokens of one of ``size`` context-parallel ranks.
+
+    L is cut into 2 * size equal chunks, of which rank r takes number r and number r from the end: an early chunk sees
+    few keys and a late one many, so each pair has as much work.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def ranges(self, length: int) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of its clean tokens in a sequence of ``length``, in order."""
+        if self.size == 1:
+            return ((0, length),)
+        width = length // (2 * self.size)
+        return tuple((chunk * width, (chunk + 1) * width) for chunk in (self.rank, 2 * self.size - 1 - self.rank))
+
+    def places(self, length: int) -> Tensor:
+        """int64 [L / size]: its clean tokens."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.ranges(length)])
+
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +84,19 @@ class SequenceLayout:
         has_noisy_half: True: rows 0..L-1 are the noisy copy, rows L..2L-1 the clean tokens. False: L clean rows.
         table: None: every sequence is as above. Else rows 0..N-1 are noisy (N may be 0), the last L rows are clean, and
             the table says the rest; such a layout belongs to one micro-batch and equals only itself.
+        shard: with a table, whose clean rows these are; the L / size of a context rank. Its rows attend to its own N
+            noisy rows and to all L clean tokens: keys are [noisy N | clean L], in the order of places.
     """
 
     clean_length: int
     block_size: int
     has_noisy_half: bool
     table: RowTable | None = None
+    shard: Shard = WHOLE
 
     def __post_init__(self) -> None:
+        if self.table is None and self.shard != WHOLE:
+            raise ValueError("a part of the rows needs a table: see shard_batch")
         if (
             self.clean_length <= 0
             or self.block_size <= 0
@@ -73,12 +110,22 @@ class SequenceLayout:
     def num_noisy_rows(self) -> int:
         """N."""
         if self.table is not None:
-            return self.table.blocks.shape[1] - self.clean_length
+            return self.table.blocks.shape[1] - self.num_clean_rows
         return self.clean_length if self.has_noisy_half else 0
+
+    @property
+    def num_clean_rows(self) -> int:
+        """L, or a shard's L / size."""
+        return self.clean_length // self.shard.size
 
     @property
     def num_rows(self) -> int:
         """S."""
+        return self.num_noisy_rows + self.num_clean_rows
+
+    @property
+    def num_keys(self) -> int:
+        """N + L."""
         return self.num_noisy_rows + self.clean_length
 
     @property
@@ -106,7 +153,8 @@ class JointBatch:
     part): the estimator's weight where the token is masked (1/p_mask for the recipe), else 0. ``ar_weights`` float64
     [B, L]: 1 where the next token is supervised, else 0. ``is_supervised`` bool [B, L]: the token itself is.
     ``mask_ratios`` float32 [B, N]: masked share of the row's block. ``sequence_ratios`` float64 [B]: masked share of
-    each sequence's noised tokens.
+    each sequence's noised tokens. ``is_counted`` bool [B]: the sequence has supervised tokens. In a shard clean rows
+    are L / size, and what is counted by sequence is counted on the first rank: the last two are 0 on the others.
     """
 
     layout: SequenceLayout
@@ -117,6 +165,7 @@ class JointBatch:
     diffusion_weights: Tensor | None
     mask_ratios: Tensor | None
     sequence_ratios: Tensor | None
+    is_counted: Tensor
 
     def to(self, device: torch.device) -> "JointBatch":
         """The same batch on ``device``."""
@@ -133,6 +182,7 @@ class JointBatch:
             diffusion_weights=moved(self.diffusion_weights),
             mask_ratios=moved(self.mask_ratios),
             sequence_ratios=moved(self.sequence_ratios),
+            is_counted=self.is_counted.to(device, non_blocking=True),
         )
 
 
@@ -178,7 +228,91 @@ def build_joint_batch(
         diffusion_weights=None if corruption is None else corruption.weights,
         mask_ratios=None if corruption is None else corruption.mask_ratios,
         sequence_ratios=None if corruption is None else corruption.sequence_ratios,
+        is_counted=is_supervised.any(dim=1),
     )
+
+
+def shard_batch(
+    batch: JointBatch, row_weights: Tensor, shard: Shard, row_multiple: int = 1
+) -> tuple[JointBatch, Tensor]:
+    """The rows of one context-parallel rank, and their weights; all ranks' together are the batch's, each row once.
+
+    Clean rows are those of the shard's places. A noisy block goes as a whole to the rank that holds the clean token
+    at its beginning, also where it (a document's) goes on beyond that rank's tokens: so no noisy row ever needs a noisy
+    row of another rank. Ranks may have different numbers of noisy rows, and at least one, if only of padding; of a
+    plain batch whose blocks divide the chunks all have L / size.
+
+    Args:
+        batch: whole, on the CPU.
+        row_weights: float64 [B, S], from :func:`nld_train.objective.normalize.row_weights`: normalization by sequence
+            needs the whole sequence.
+        shard: whose rows; the whole one returns the arguments.
+        row_multiple: the number of noisy rows is rounded up to a multiple of it, as that of the batch is.
+
+    Raises:
+        ValueError: L cannot be cut into 2 * size chunks.
+    """
+    if shard == WHOLE:
+        return batch, row_weights
+    layout = batch.layout
+    length, num_noisy = layout.clean_length, layout.num_noisy_rows
+    if length % (2 * shard.size):
+        raise ValueError(f"{length} clean tokens cannot be cut into 2 x {shard.size} equal chunks")
+    table = _plain_table(layout, len(batch.tokens)) if layout.table is None else layout.table
+    places = shard.places(length)
+    is_own_place = torch.zeros(length, dtype=torch.bool).index_fill_(0, places, True)
+    is_own = (table.blocks[:, :num_noisy] >= 0) & is_own_place[table.end_keys[:, :num_noisy]]
+    num_own = 0
+    if num_noisy > 0:
+        unit = row_multiple if layout.table is None else math.lcm(row_multiple, SHARD_ROW_MULTIPLE)
+        num_own = min(max(1, math.ceil(int(is_own.sum(dim=1).max()) / unit)) * unit, num_noisy)
+    order = is_own.byte().argsort(dim=1, descending=True, stable=True)[:, :num_own]
+    is_padding = ~is_own.gather(1, order)
+    rows = torch.cat([order, (num_noisy + places).expand(len(order), -1)], dim=1)
+    padding = torch.cat([is_padding, torch.zeros_like(rows[:, num_own:], dtype=torch.bool)], dim=1)
+
+    def own(x: Tensor, fill: float | Tensor = 0) -> Tensor:
+        """Rows of x [B, S], ``fill`` where they are padding."""
+        return torch.where(padding, fill, x.gather(1, rows))
+
+    def own_noisy(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.gather(1, order).masked_fill_(is_padding, 0)
+
+    is_first = shard.rank == 0
+    sharded = JointBatch(
+        layout=replace(
+            layout,
+            table=RowTable(
+                position_ids=own(table.position_ids),
+                blocks=own(table.blocks, -2 - torch.arange(rows.shape[1])),
+                first_keys=own(table.first_keys),
+                end_keys=own(table.end_keys),
+            ),
+            shard=shard,
+        ),
+        tokens=batch.tokens.gather(1, rows),
+        targets=batch.targets.gather(1, rows),
+        ar_weights=batch.ar_weights[:, places],
+        is_supervised=batch.is_supervised[:, places],
+        diffusion_weights=own_noisy(batch.diffusion_weights),
+        mask_ratios=own_noisy(batch.mask_ratios),
+        sequence_ratios=None if batch.sequence_ratios is None else batch.sequence_ratios * is_first,
+        is_counted=batch.is_counted & is_first,
+    )
+    return sharded, own(row_weights)
+
+
+def _plain_table(layout: SequenceLayout, num_sequences: int) -> RowTable:
+    """What :func:`build_joint_batch` would write for a layout without a table."""
+    places = torch.arange(layout.clean_length)
+    starts, numbers = torch.zeros_like(places), places // layout.block_size
+    rows = [(places, torch.full_like(places, -1), starts, places + 1)]
+    if layout.has_noisy_half:
+        rows.insert(0, (places, numbers, starts, numbers * layout.block_size))
+    position_ids, blocks, first_keys, end_keys = (
+        torch.cat(parts).expand(num_sequences, -1) for parts in zip(*rows, strict=True)
+    )
+    return RowTable(position_ids=position_ids, blocks=blocks, first_keys=first_keys, end_keys=end_keys)
 
 
 def _row_table(corruption: Corruption | None, document_starts: Tensor | None, tokens: Tensor) -> RowTable:

@@ -16,7 +16,10 @@ from nld_train.platform.device import Platform
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """This process's place. Ranks count from 0; "stage" here is a pipeline stage."""
+    """This process's place. Ranks count from 0; "stage" here is a pipeline stage.
+
+    Context-parallel ranks of one data-parallel rank read the same samples; "data" does not count them.
+    """
 
     rank: int
     world_size: int
@@ -26,6 +29,8 @@ class Topology:
     tensor_parallel_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
 
     @property
     def is_first_pipeline_stage(self) -> bool:
@@ -77,6 +82,8 @@ def initialize_topology(
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

@@ -167,7 +167,8 @@ def describe(
             "attention": resolve_backend(shape.attention_backend, platform.device).value,
             "optimizer": choose_adam(),
             "ranks": f"{topology.world_size} (tensor {topology.tensor_parallel_size} x pipeline "
-            f"{topology.pipeline_size} x data {topology.data_parallel_size}), {platform.distributed_backend}",
+            f"{topology.pipeline_size} x context {topology.context_parallel_size} x data "
+            f"{topology.data_parallel_size}), {platform.distributed_backend}",
             "threads per rank": str(torch.get_num_threads()),
             "allocator": "keeps freed memory" if keeps_memory else "as it was set",
         },

@@ -1,7 +1,8 @@
 """One training step: micro-batches through Megatron's schedule, one division, one optimizer step.
 
 The forward step returns ``(loss_sum, num_tokens, sums)``. Megatron sums ``num_tokens`` over micro-batches and
-data-parallel ranks and divides the gradients once; the sums are reduced only when they are reported.
+data- and context-parallel ranks and divides the gradients once; the sums are reduced only when they are reported.
+Context-parallel ranks read the same micro-batch, weigh its rows, and then take their own.
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from nld_train.model.head import WeightedRows, select_weighted_rows
 from nld_train.objective.losses import LossTerms, loss_terms
 from nld_train.objective.noise import NoiseSpec
 from nld_train.objective.normalize import num_tokens, row_weights
-from nld_train.objective.sequence import JointBatch, build_joint_batch
+from nld_train.objective.sequence import JointBatch, Shard, build_joint_batch, shard_batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class StepShape:
     Args:
         num_microbatches: per data-parallel rank.
         micro_batch_size: B.
-        num_rows: S, rows of the model's input (2L in a joint stage with whole noisy halves); None: micro-batches
-            differ, and pipeline stages tell each other.
+        num_rows: S, rows of the model's input over all context-parallel ranks (2L in a joint stage with whole noisy
+            halves); None: micro-batches or ranks differ, and pipeline stages tell each other.
     """
 
     num_microbatches: int
@@ -120,14 +121,16 @@ def forward_step(
     batch = lay_out(next(data), objective.block_size)
     normalization = objective.normalization.value
     # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
-    selected = select_weighted_rows(batch, row_weights(batch, normalization, weights.diffusion, weights.ar)).to(device)
+    shard = Shard(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+    batch, of_rows = shard_batch(batch, row_weights(batch, normalization, weights.diffusion, weights.ar), shard)
+    selected = select_weighted_rows(batch, of_rows).to(device)
     batch = batch.to(device)
     output = model(batch.tokens, batch.layout, selected)
     return output, partial(_loss_function, batch, selected, normalization)
 
 
 def reduce_terms(terms: LossTerms) -> LossTerms:
-    """Sum over data-parallel ranks; the same on every rank afterwards. Collective."""
+    """Sum over data- and context-parallel ranks; the same on every rank afterwards. Collective."""
     vector, largest_weight = terms.to_vector(), terms.largest_weight.clone()
     if parallel_state.is_pipeline_last_stage():
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

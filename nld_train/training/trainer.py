@@ -136,6 +136,8 @@ class Trainer:
             noisy_rows = num_noisy_rows(
                 self._noise(stage), stage.sequence_length, has_documents=has_documents, has_gaps=has_chat
             )
+        if self.topology.context_parallel_size > 1 and stage.is_joint:
+            noisy_rows = None  # blocks are where they are: ranks may have more or fewer of them
         return StepShape(
             num_microbatches=stage.global_batch_size // (train.micro_batch_size * self.topology.data_parallel_size),
             micro_batch_size=train.micro_batch_size,

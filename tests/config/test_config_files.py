@@ -35,6 +35,7 @@ def test_every_file_composes(file: Path, tmp_path: Path):
             extra.append("stages.extra.chat=stdlib_chat")
     elif group == "parallel":
         world_size = written.tensor_model_parallel_size * written.pipeline_model_parallel_size
+        world_size *= written.context_parallel_size
         extra = ["model.num_attention_heads=8", "model.num_key_value_heads=8"]
     elif group == "experiment" and option in LARGE:
         world_size = 256
@@ -54,6 +55,7 @@ def test_every_file_composes(file: Path, tmp_path: Path):
     elif group == "parallel":
         assert config.parallel.tensor_model_parallel_size == written.tensor_model_parallel_size
         assert config.parallel.pipeline_model_parallel_size == written.pipeline_model_parallel_size
+        assert config.parallel.context_parallel_size == written.context_parallel_size
     elif group == "objective":
         assert config.objective.normalization.name == written.normalization
     elif group == "optim":

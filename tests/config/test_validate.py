@@ -1,6 +1,7 @@
 """Each rule between values refuses what it should, names the nearest value that works, and that value works."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -188,7 +189,12 @@ def remedied(overrides: list[str], key: str, world_size: int) -> None:
         (["train.micro_batch_size=3", "train.global_batch_size=7"], "train.micro_batch_size", 2),
         (["parallel.tensor_model_parallel_size=3", *BATCH_OF_3], "parallel.tensor_model_parallel_size", 6),
         (["parallel.pipeline_model_parallel_size=3", *BATCH_OF_3], "parallel.pipeline_model_parallel_size", 6),
-        (["parallel.context_parallel_size=2"], "parallel.context_parallel_size", 2),
+        (["parallel.context_parallel_size=3", *BATCH_OF_3], "parallel.context_parallel_size", 6),
+        (
+            ["parallel.context_parallel_size=8", "objective.block_size=64", "train.micro_batch_size=1"],
+            "parallel.context_parallel_size",
+            8,
+        ),
         (["train.validation_samples=7"], "train.validation_samples", 2),
         (["optim.beta2=1"], "optim.beta2", 1),
         (["optim.eps=0"], "optim.eps", 1),
@@ -217,6 +223,29 @@ def test_tensor_parallel_size_divides_what_megatron_splits(tiny: Config):
     assert "ffn" not in problem.message  # 768 = 3 * 256
     config = changed(tiny, parallel__tensor_model_parallel_size=2, model__ffn_hidden_size=769)
     assert "model.ffn_hidden_size=769" in at(validate(config, 2), "parallel.tensor_model_parallel_size").message
+
+
+def test_context_parallel_size_cuts_sequences_into_chunks_of_whole_blocks(tiny: Config):
+    config = changed(tiny, data__sequence_length=256, objective__block_size=16, parallel__context_parallel_size=8)
+    assert validate(config, world_size=8) == []
+    config = changed(config, objective__block_size=32)
+    problem = at(validate(config, world_size=8), "parallel.context_parallel_size")
+    assert problem.message == "data.sequence_length=256 of blocks of 32 cannot be cut into 2 x 8 equal chunks"
+    assert "use parallel.context_parallel_size=4 (what works here: 1, 2, 4)" in problem.remedy
+    # Documents cut blocks anyway.
+    assert validate(changed(config, data__document_mask=DocumentMask.boundary), world_size=8) == []
+    config = changed(config, data__document_mask=DocumentMask.boundary, data__sequence_length=260)
+    problem = at(validate(config, world_size=8), "parallel.context_parallel_size")
+    assert "data.sequence_length=260 cannot be cut into 2 x 8" in problem.message
+    assert "=10 (what works here: 1, 2, 5, 10, 13," in problem.remedy
+    stage = dataclasses.replace(next(iter(config.stages.values())), chat="stdlib_chat", sequence_length=36)
+    config = changed(config, stages={**config.stages, "sft": stage}, parallel__context_parallel_size=5)
+    problem = at(validate(config, world_size=None), "parallel.context_parallel_size")
+    assert "stages.sft.sequence_length=36 cannot be cut" in problem.message
+    assert "(what works here: 1, 2)" in problem.remedy
+    # One without chunks of whole blocks at all.
+    config = changed(tiny, data__sequence_length=32, objective__block_size=32, parallel__context_parallel_size=2)
+    assert "=1 (what works here: 1)" in at(validate(config, world_size=None), "parallel.context_parallel_size").remedy
 
 
 def test_ranks(tiny: Config):

@@ -30,7 +30,7 @@ from nld_train.model.attention import (
 )
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
-from nld_train.objective.sequence import SequenceLayout
+from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, shard_batch
 from nld_train.testing.layouts import table_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -439,7 +439,7 @@ def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
     assert attention_module._chunk_plan(layout, 128) is plan
     run(chunked_attention, make_inputs(layout, 2, 4, 2, 8, dtype=torch.float32), layout)
     assert layout.table is not None
-    held = [weakref.ref(x) for x in (plan.rows, layout.table.end_keys)]
+    held = [weakref.ref(x) for x in (plan.queries.rows, layout.table.end_keys)]
     del plan, layout
     gc.collect()
     assert [x() for x in held] == [None] * 2
@@ -494,6 +494,82 @@ def changed_rows(attention: Attention, layout: SequenceLayout, row: int) -> set[
             x[:, :, row] += 0.5
         after = attention(query, key, value, layout)
     return set((before != after).any(dim=3).any(dim=1)[0].nonzero().flatten().tolist())
+
+
+# ------------------------------------------------------------------------------------------------ a part of the rows
+
+
+def random_layout(rng: random.Random, num_shards: int) -> SequenceLayout:
+    """A plain one in half of the cases; else documents, whose blocks stick out over cuts."""
+    block_size = rng.choice([1, 2, 4, 8])
+    length = 2 * num_shards * block_size * rng.randint(1, 4)
+    if rng.random() < 0.5:
+        return SequenceLayout(length, block_size, has_noisy_half=rng.random() < 0.7)
+    block_size = rng.choice([block_size, 7, 30])
+    documents, noisy = [], []
+    for _ in range(rng.randint(1, 3)):
+        cuts = sorted({0, length, *rng.choices(range(length), k=rng.choice([0, 1, 4]))})
+        documents.append([stop - start for start, stop in pairwise(cuts)])
+        blocks = blocks_of(documents[-1], block_size) * rng.choice([1, 2])
+        noisy.append([block for block in blocks if rng.random() < 0.7])
+    return table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
+
+
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("num_shards", [2, 3, 8])
+def test_shards_together_are_the_whole(attention: Attention, num_shards: int, monkeypatch: pytest.MonkeyPatch):
+    """Each row's output in one shard; gradients of gathered keys and values add up to those of the whole."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
+    for _ in range(8):
+        set_chunk_rows(monkeypatch, rng.choice([1, 5, 16, 100]))
+        layout = random_layout(rng, num_shards)
+        num_sequences = 2 if layout.table is None else len(layout.table.blocks)
+        query, key, value, grad = make_inputs(
+            layout, num_sequences, 4, 2, 8, dtype=torch.float64, seed=rng.randrange(99)
+        )
+        if layout.table is not None:
+            grad = grad * ~is_padding(layout)
+        expected = run(dense_attention, (query, key, value, grad), layout)
+        if layout.table is not None:
+            expected[0] = expected[0] * ~is_padding(layout)
+        found = [torch.zeros_like(x) for x in expected]
+        for rank in range(num_shards):
+            part, rows = shard_of_layout(layout, num_sequences, Shard(rank, num_shards))
+            clean = torch.arange(layout.num_noisy_rows, layout.num_rows).expand(num_sequences, -1)
+            keys = torch.cat([rows[:, : part.num_noisy_rows], clean], dim=1)[:, None, :, None]
+            rows = rows[:, None, :, None]
+            inputs = [
+                x.detach().take_along_dim(index, dim=2).requires_grad_()
+                for x, index in ((query, rows), (key, keys), (value, keys))
+            ]
+            of_part = grad.take_along_dim(rows, dim=2) * ~is_padding(part)
+            out, grad_query, *of_keys = run(attention, (*inputs, of_part), part)
+            for total, x in zip(found, (out * ~is_padding(part), grad_query * ~is_padding(part)), strict=False):
+                total.scatter_add_(2, rows.expand_as(x), x)
+            for total, x in zip(found[2:], of_keys, strict=True):
+                total.scatter_add_(2, keys.expand_as(x), x)
+        assert_close(found, expected, torch.float64)
+
+
+def shard_of_layout(layout: SequenceLayout, num_sequences: int, shard: Shard) -> tuple[SequenceLayout, Tensor]:
+    """A shard, and int64 [B, S]: which row of the whole each of its rows is."""
+    shape = (num_sequences, layout.num_rows)
+    rows = torch.arange(layout.num_rows).expand(shape)
+    batch = JointBatch(
+        layout=layout,
+        tokens=rows,
+        targets=rows,
+        ar_weights=torch.ones(num_sequences, layout.clean_length, dtype=torch.float64),
+        is_supervised=torch.ones(num_sequences, layout.clean_length, dtype=torch.bool),
+        diffusion_weights=None,
+        mask_ratios=None,
+        sequence_ratios=None,
+        is_counted=torch.ones(num_sequences, dtype=torch.bool),
+    )
+    part, _ = shard_batch(batch, torch.ones(shape, dtype=torch.float64), shard)
+    return part.layout, part.tokens
 
 
 # ------------------------------------------------------------------------------------------------ the Megatron module
@@ -631,11 +707,9 @@ def test_a_call_without_layout_or_with_packed_sequences_is_refused():
         module(*inputs, None, attention_bias=SequenceLayout(8, 4, has_noisy_half=False))
 
 
-def test_dropout_and_context_parallelism_are_refused():
+def test_dropout_is_refused():
     with pytest.raises(ValueError, match=r"attention_dropout 0\.1"):
         make_module(attention_dropout=0.1)
-    with pytest.raises(ConfigError, match=r"parallel\.context_parallel_size"):
-        make_module(context_parallel_size=2)
 
 
 def test_backends_are_resolved_by_device():

@@ -173,6 +173,7 @@ def test_num_tokens_and_means_of_each_normalization(joint: bool) -> None:
             targets=batch.targets[row : row + 1],
             ar_weights=batch.ar_weights[row : row + 1],
             is_supervised=batch.is_supervised[row : row + 1],
+            is_counted=batch.is_counted[row : row + 1],
             diffusion_weights=None if batch.diffusion_weights is None else batch.diffusion_weights[row : row + 1],
             mask_ratios=batch.mask_ratios,
             sequence_ratios=batch.sequence_ratios,
@@ -223,7 +224,7 @@ def test_an_ar_term_of_weight_zero_is_not_reported_as_zero() -> None:
 
 def test_a_sequence_without_supervision_counts_for_nothing() -> None:
     batch, _, _ = make_batch(3)
-    batch.is_supervised[1] = False
+    batch.is_supervised[1] = batch.is_counted[1] = False
     batch.ar_weights[1] = 0
     assert num_tokens(batch, SEQUENCE).item() == 2
     assert torch.isfinite(row_weights(batch, SEQUENCE, ALPHA)).all()
