@@ -112,7 +112,7 @@ def test_a_run_leaves_what_others_rely_on(undisturbed: Path) -> None:
     ):
         assert (undisturbed / name).is_file(), name
     log = (undisturbed / "train.log").read_text()
-    for mode in ("[ar]", "[diffusion]", "[linear]"):
+    for mode in ("[ar]", "[diffusion]", "[linear]", "[quadratic]"):
         assert mode in log
 
 

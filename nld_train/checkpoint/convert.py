@@ -386,9 +386,10 @@ def _model_card(info: CheckpointInfo, dtype: torch.dtype, *, has_tokenizer: bool
         'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
         'prompt_ids = tokenizer("def main(", return_tensors="pt").input_ids',
         "output_ids, num_forwards = model.linear_spec_generate(prompt_ids, max_new_tokens=64)",
+        "output_ids, num_forwards = model.quadratic_spec_generate(prompt_ids, max_new_tokens=64)",
         "```",
         "",
-        "`ar_generate`, `generate` (diffusion) and `linear_spec_generate` return the output ids with the prompt and",
+        "`ar_generate`, `generate` (diffusion) and both kinds of speculation return the output ids with the prompt and",
         "the number of forward evaluations.",
     ]
     if info.config:

@@ -241,7 +241,7 @@ class ExportConfig:
     """The Hugging Face folder written at the end of a run, and the prompt continued from it."""
 
     enabled: bool = True  # write the Hugging Face folder at the end of the run
-    prompt: str | None = None  # continued in all three modes after the export; null: not
+    prompt: str | None = None  # continued in all modes after the export; null: not
     max_new_tokens: int = 64  # tokens that continue the prompt
 
 

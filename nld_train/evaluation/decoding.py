@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
@@ -20,11 +21,28 @@ _EXPORT_REMEDY = "give a folder written by the export: `hf` inside a run, or scr
 
 
 class DecodingMode(StrEnum):
-    """``ar``: one token per forward. ``diffusion``: blocks are denoised. ``linear``: diffusion drafts, AR verifies."""
+    """``ar``: one token per forward. ``diffusion``: blocks are denoised. ``linear``: diffusion drafts, AR verifies, in
+    turns. ``quadratic``: the same in one forward."""
 
     ar = "ar"
     diffusion = "diffusion"
     linear = "linear"
+    quadratic = "quadratic"
+
+
+_METHODS = {
+    DecodingMode.ar: "ar_generate",
+    DecodingMode.diffusion: "generate",
+    DecodingMode.linear: "linear_spec_generate",
+    DecodingMode.quadratic: "quadratic_spec_generate",
+}
+_BLOCK_ARGUMENTS = frozenset({"block_length", "threshold", "steps_per_block", "diffusion_weight"})
+_MODE_ARGUMENTS = {
+    DecodingMode.ar: frozenset[str](),
+    DecodingMode.diffusion: frozenset({"block_length", "threshold", "steps_per_block"}),
+    DecodingMode.linear: frozenset({"block_length"}),
+    DecodingMode.quadratic: frozenset({"block_length", "diffusion_weight"}),
+}
 
 
 class Continuation(TypedDict):
@@ -89,6 +107,33 @@ def load_export(
     return model.to(device).eval(), tokenizer
 
 
+def decode(model: Any, prompt_ids: Tensor, mode: DecodingMode | str, **arguments: Any) -> tuple[Tensor, int]:
+    """Call a mode's method of the model.
+
+    Args:
+        model: of :func:`load_export`.
+        prompt_ids: int64 [B, P].
+        mode: see :class:`DecodingMode`.
+        **arguments: of any mode's method; what only other modes know is left out.
+
+    Returns:
+        (int64 [B, P + N]: prompt and new tokens; number of forward evaluations)
+
+    Raises:
+        ValueError: an argument is out of its range.
+        CheckpointError: the folder's modeling file is of an older version and lacks the mode.
+    """
+    mode = DecodingMode(mode)
+    method = getattr(model, _METHODS[mode], None)
+    if method is None:
+        raise CheckpointError(
+            str(model.config._name_or_path), f"the modeling file has no {_METHODS[mode]}", "export the run again"
+        )
+    left_out = _BLOCK_ARGUMENTS - _MODE_ARGUMENTS[mode]
+    output_ids, num_forwards = method(prompt_ids, **{k: v for k, v in arguments.items() if k not in left_out})
+    return output_ids, num_forwards
+
+
 def continue_prompt(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,6 +145,7 @@ def continue_prompt(
     threshold: float = 0.9,
     temperature: float = 0.0,
     eos_token_id: int | Sequence[int] | None = None,
+    **others: Any,
 ) -> Continuation:
     """Continue ``prompt`` in one mode.
 
@@ -109,10 +155,11 @@ def continue_prompt(
         prompt: text; at least one token.
         mode: see :class:`DecodingMode`.
         max_new_tokens: at most this many.
-        block_length: tokens per block (diffusion) or per draft (linear); None: the model's block size.
+        block_length: tokens per block (diffusion) or per draft (speculation); None: the model's block size.
         threshold: probability from which on a position is committed (diffusion only).
         temperature: 0: greedy.
         eos_token_id: where to stop; None: never.
+        **others: of :func:`decode`.
 
     Raises:
         ValueError: an argument is out of its range, or the prompt is empty.
@@ -121,17 +168,17 @@ def continue_prompt(
     prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device=model.device, dtype=torch.int64)
     if prompt_ids.shape[1] == 0:
         raise ValueError(f"prompt: {prompt!r} has no tokens; give at least one character")
-    shared: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "eos_token_id": eos_token_id,
-    }
-    if mode is DecodingMode.ar:
-        output_ids, num_forwards = model.ar_generate(prompt_ids, **shared)
-    elif mode is DecodingMode.diffusion:
-        output_ids, num_forwards = model.generate(prompt_ids, block_length=block_length, threshold=threshold, **shared)
-    else:
-        output_ids, num_forwards = model.linear_spec_generate(prompt_ids, block_length=block_length, **shared)
+    output_ids, num_forwards = decode(
+        model,
+        prompt_ids,
+        mode,
+        max_new_tokens=max_new_tokens,
+        block_length=block_length,
+        threshold=threshold,
+        temperature=temperature,
+        eos_token_id=eos_token_id,
+        **others,
+    )
     token_ids = output_ids[0, prompt_ids.shape[1] :].tolist()
     return Continuation(
         mode=mode.value,

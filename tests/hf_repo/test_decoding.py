@@ -1,19 +1,36 @@
-"""The three decoding modes against slow references, and what they cost."""
+"""The four decoding modes against slow references, and what they cost."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from transformers import Ministral3ForCausalLM
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from nld_train.checkpoint.hf_repo import modeling_nemotron_labs_diffusion as modeling
 
 MASK, BLOCK = 5, 4
-METHODS = ["ar_generate", "generate", "linear_spec_generate"]
+SPECULATION = ["linear_spec_generate", "quadratic_spec_generate"]
+METHODS = ["ar_generate", "generate", *SPECULATION]
 
 
 def prompt_of(length, seed=0, batch=1):
     return torch.randint(6, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def reference_of(model):
+    """transformers' own causal model with the same weights."""
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    reference = Ministral3ForCausalLM(Ministral3ForCausalLM.config_class(**fields)).eval()
+    reference.model.load_state_dict(model.encoder.state_dict())
+    reference.lm_head.load_state_dict(model.diffusion_head.state_dict())
+    return reference
 
 
 class Counter:
@@ -103,20 +120,201 @@ def test_diffusion_equals_uncached(make_model, seed, num_prompt, num_new, block_
     assert num_forwards <= num_new + num_blocks + 1
 
 
+def reference_quadratic(model, prompt, num_new, block_length, diffusion_weight=0.0):
+    """No cache, and each speculative token's masks in a sequence of their own: (tokens, forwards that were needed)."""
+
+    def draft(tokens):
+        """Logits of ``block_length`` masks behind ``tokens``."""
+        num_clean, num_rows = len(tokens), len(tokens) + block_length
+        allowed = torch.ones(num_rows, num_rows, dtype=torch.bool).tril()
+        allowed[num_clean:, num_clean:] = True
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens + [MASK] * block_length]), attention_mask=allowed[None, None]).logits[0]
+        logits[:, MASK] = -math.inf
+        return logits[num_clean:]
+
+    def verify(tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+        logits[MASK] = -math.inf
+        if diffusion_weight:
+            both = (1 - diffusion_weight) * logits.log_softmax(-1)
+            logits = both + diffusion_weight * draft(tokens)[0].log_softmax(-1)
+        return int(logits.argmax())
+
+    tokens, num_forwards, drafts = prompt[0].tolist(), 0, []
+    num_end = len(tokens) + num_new
+    while len(tokens) < num_end:
+        num_forwards += 1
+        tokens.append(verify(tokens))
+        while drafts and len(tokens) < num_end and drafts[0] == tokens[-1]:
+            drafts.pop(0)
+            tokens.append(verify(tokens))
+        drafts = draft(tokens[:-1])[1:].argmax(-1).tolist()
+    return tokens, num_forwards
+
+
+@pytest.mark.parametrize("diffusion_weight", [0.0, 0.6])
+@pytest.mark.parametrize(
+    ("seed", "num_prompt", "num_new", "block_length"), [(0, 1, 9, 4), (1, 7, 22, 4), (2, 5, 13, 8), (3, 4, 5, 1)]
+)
+def test_quadratic_equals_uncached(make_model, seed, num_prompt, num_new, block_length, diffusion_weight):
+    model, prompt = make_model(seed), prompt_of(num_prompt, seed)
+    expected, num_expected = reference_quadratic(model, prompt, num_new, block_length, diffusion_weight)
+    counter = Counter(model)
+    output_ids, num_forwards = model.quadratic_spec_generate(
+        prompt, num_new, block_length, diffusion_weight=diffusion_weight
+    )
+    assert output_ids.tolist() == [expected]
+    assert num_forwards == counter.num_calls == num_expected
+    if diffusion_weight and block_length > 1:
+        assert expected != reference_ar(model, prompt, num_new)  # the ensemble does have a say
+
+
+@pytest.fixture
+def half_agreeing_model(make_model):
+    """Drafts and AR agree often, not always: an attention that moves little."""
+    model = make_model(3)
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.self_attn.o_proj.weight.mul_(0.05)
+        model.encoder.embed_tokens.weight[MASK] = 0.02
+    return model
+
+
+@pytest.mark.parametrize("block_length", [2, 4, 8])
+def test_quadratic_takes_what_the_reference_takes(half_agreeing_model, block_length):
+    model = half_agreeing_model
+    accepted = set()
+    for seed in range(8):
+        prompt = prompt_of(4, seed)
+        expected, num_expected = reference_quadratic(model, prompt, 30, block_length)
+        counts = []
+        output_ids, num_forwards = model.quadratic_spec_generate(
+            prompt, 30, block_length, on_update=lambda new_ids, _, counts=counts: counts.append(new_ids.shape[1])
+        )
+        assert (output_ids.tolist(), num_forwards) == ([expected], num_expected)
+        accepted |= {after - before for before, after in itertools.pairwise(counts)}
+    assert {1, 2} <= accepted
+
+
+@pytest.mark.parametrize("method", SPECULATION)
 @pytest.mark.parametrize("std", [0.02, 0.3])
 @pytest.mark.parametrize("seed", range(10))
-def test_linear_equals_ar(make_model, seed, std):
+def test_speculation_equals_ar(make_model, method, seed, std):
+    """240 prompts in all; with a repetition penalty half of the time."""
     model = make_model(seed, std)
+    penalty = 1.0 + 0.3 * (seed % 2)
     for trial, (num_prompt, num_new, block_length) in enumerate(
         [(1, 1, 4), (2, 2, 4), (9, 40, 4), (5, 33, 16), (4, 7, 1), (17, 25, 32)]
     ):
         prompt = prompt_of(num_prompt, 10 * seed + trial)
-        expected, _ = model.ar_generate(prompt, max_new_tokens=num_new)
+        expected, _ = model.ar_generate(prompt, num_new, repetition_penalty=penalty)
         counter = Counter(model)
-        output_ids, num_forwards = model.linear_spec_generate(prompt, max_new_tokens=num_new, block_length=block_length)
+        output_ids, num_forwards = getattr(model, method)(prompt, num_new, block_length, repetition_penalty=penalty)
         counter.handle.remove()
         assert torch.equal(output_ids, expected)
-        assert num_forwards == counter.num_calls <= 2 * num_new
+        assert num_forwards == counter.num_calls <= (2 if method == "linear_spec_generate" else 1) * num_new
+
+
+class Uncached(modeling._Session):
+    """Compares every evaluation with one of the whole sequence, without a cache, row by row what each may see."""
+
+    num_compared = 0
+
+    def __init__(self, model, attention_mask):
+        super().__init__(model, attention_mask)
+        self._read = None  # the tokens in the cache, int64 [B, K]
+
+    def _compare(self, actual, extra, last_seen, owners, places):
+        """``extra`` int64 [B, E] rows, of which row r sees the tokens up to place ``last_seen[r]`` and the rows with
+        its owner (-1: itself alone)."""
+        batch, num_read = len(extra), 0 if self._read is None else self._read.shape[1]
+        rows = extra if self._read is None else torch.cat([self._read, extra], dim=1)
+        padding = (
+            torch.zeros(batch, dtype=torch.int64) if isinstance(self._num_padding, int) else self._num_padding[:, 0]
+        )
+        allowed = torch.zeros(batch, 1, rows.shape[1], rows.shape[1], dtype=torch.bool)
+        for b in range(batch):
+            for q in range(rows.shape[1]):
+                r = q - num_read
+                for k in range(rows.shape[1]):
+                    if k < padding[b] and k != q:
+                        continue
+                    if r < 0 or (owners[r] == -1 and k < num_read):
+                        allowed[b, 0, q, k] = k <= q
+                    elif k < num_read:
+                        allowed[b, 0, q, k] = True
+                    elif owners[k - num_read] == -1:
+                        allowed[b, 0, q, k] = places[k - num_read] <= last_seen[r]
+                    else:
+                        allowed[b, 0, q, k] = owners[k - num_read] == owners[r]
+        positions = torch.cat([torch.arange(num_read), torch.tensor(places)])[None] - padding[:, None]
+        expected = self.model(rows, attention_mask=allowed, position_ids=positions.clamp_min(0)).logits
+        expected = expected[:, -actual.shape[1] :] if actual.shape[1] else expected[:, :0]
+        is_answer = torch.arange(expected.shape[-1]) != MASK
+        torch.testing.assert_close(actual[..., is_answer], expected[..., is_answer], rtol=1e-4, atol=1e-4)
+        Uncached.num_compared += actual.numel()
+
+    def _num_read(self):
+        return 0 if self._read is None else self._read.shape[1]
+
+    def causal(self, tokens, num_logits):
+        actual = super().causal(tokens, num_logits)
+        places = [self._num_read() + i for i in range(tokens.shape[1])]
+        self._compare(actual, tokens, places, [-1] * len(places), places)
+        self._read = tokens if self._read is None else torch.cat([self._read, tokens], dim=1)
+        return actual
+
+    def bidirectional(self, tokens, is_draft=False):
+        before = self._read
+        self._read = None if before is None else torch.cat([before, tokens], dim=1)  # crop() takes them off again
+        actual = super().bidirectional(tokens, is_draft)
+        assert torch.equal(self._read, before)
+        places = [self._num_read() + i for i in range(tokens.shape[1])]
+        self._compare(actual, tokens, [places[0] - 1] * len(places), [0] * len(places), places)
+        return actual
+
+    def speculate(self, tokens, num_read, num_groups, group_length):
+        if num_groups == 0:
+            return super().speculate(tokens, num_read, num_groups, group_length)  # through causal()
+        logits, group_logits = super().speculate(tokens, num_read, num_groups, group_length)
+        places = [self._num_read() + i for i in range(tokens.shape[1])]
+        last_seen, owners = list(places), [-1] * len(places)
+        for g in range(num_groups):
+            owner = last_seen[tokens.shape[1] - num_read + g]
+            places += [owner + 1 + i for i in range(group_length)]
+            last_seen += [owner] * group_length
+            owners += [g] * group_length
+        masks = torch.full((1, num_groups * group_length), MASK)
+        both = torch.cat([logits, group_logits.flatten(0, 1)])[None]
+        self._compare(both, torch.cat([tokens, masks], dim=1), last_seen, owners, places)
+        parts = [tokens, masks] if self._read is None else [self._read, tokens, masks]
+        self._read = torch.cat(parts, dim=1)
+        return logits, group_logits
+
+    def crop(self, num_rows):
+        super().crop(num_rows)
+        self._read = self._read[:, : self._read.shape[1] - num_rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_cached_logits_equal_uncached(half_agreeing_model, monkeypatch, method, is_batch):
+    if is_batch and method in SPECULATION:
+        pytest.skip("one sequence at a time")
+    expected = getattr(half_agreeing_model, method)(prompt_of(5), 14)
+    monkeypatch.setattr(modeling, "_Session", Uncached)
+    Uncached.num_compared = 0
+    prompt, attention_mask = prompt_of(5), None
+    if is_batch:
+        prompt, attention_mask = prompt_of(5, batch=2), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+        getattr(half_agreeing_model, method)(prompt, 14, attention_mask=attention_mask)
+    else:
+        output_ids, num_forwards = getattr(half_agreeing_model, method)(prompt, 14)
+        assert torch.equal(output_ids, expected[0])
+        assert num_forwards == expected[1]
+    assert Uncached.num_compared >= 14 * half_agreeing_model.config.vocab_size
 
 
 @pytest.fixture
@@ -138,6 +336,9 @@ def test_agreeing_drafts_and_sure_positions_are_taken_together(constant_model, b
     output_ids, num_forwards = constant_model.linear_spec_generate(prompt, 33, block_length=block_length)
     assert output_ids[0, 5:].tolist() == [9] * 33
     assert num_forwards == 1 + 2 * 32 // length  # one token from the prompt, then rounds of a whole block
+    output_ids, num_forwards = constant_model.quadratic_spec_generate(prompt, 33, block_length=block_length)
+    assert output_ids[0, 5:].tolist() == [9] * 33
+    assert num_forwards == 1 + 32 // length
     output_ids, num_forwards = constant_model.generate(prompt, 32, block_length=block_length)
     assert output_ids[0, 5:].tolist() == [9] * 32
     assert num_forwards == 2 * 32 // length  # the prompt, then one to denoise and one to read each block but the last
@@ -215,49 +416,182 @@ def test_sampling_follows_the_seed(make_model):
         assert runs[0] == runs[1] != runs[2]
 
 
-def chi_square_of_linear_sampling(model, num_samples):
+def chi_square_of_sampling(model, method, num_samples, block_length, **sampling):
     """(statistic, its 1e-4 quantile under AR's own distribution) of 3 sampled tokens."""
-    prompt, temperature = torch.tensor([[0, 3, 1]]), 1.2
+    prompt = torch.tensor([[0, 3, 1]])
     ids = [i for i in range(model.config.vocab_size) if i != model.config.mask_token_id]
 
     def next_probabilities(tokens):
         with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0, -1]
-        logits[model.config.mask_token_id] = -math.inf
-        return (logits / temperature).softmax(-1)
+            logits = model(torch.tensor([tokens])).logits[:, -1]
+        logits[:, model.config.mask_token_id] = -math.inf
+        for processor in transformers_processors(**sampling):
+            logits = processor(torch.tensor([tokens]), logits)
+        return logits[0].softmax(-1).tolist()
 
     expected = {}
-    for triple in itertools.product(ids, repeat=3):
-        chance, tokens = 1.0, prompt[0].tolist()
-        for token in triple:
-            chance *= float(next_probabilities(tokens)[token])
-            tokens.append(token)
-        expected[triple] = chance
+    for first, chance in enumerate(next_probabilities(prompt[0].tolist())):
+        for second, next_chance in enumerate(next_probabilities([*prompt[0].tolist(), first])):
+            for third, last_chance in enumerate(next_probabilities([*prompt[0].tolist(), first, second])):
+                expected[first, second, third] = chance * next_chance * last_chance
     assert sum(expected.values()) == pytest.approx(1.0, abs=1e-5)
+    assert all(expected[triple] == 0 for triple in expected if model.config.mask_token_id in triple)
+    assert len(ids) ** 3 >= sum(chance > 0 for chance in expected.values())
     counts = dict.fromkeys(expected, 0)
     torch.manual_seed(0)
     for _ in range(num_samples):
-        output_ids, _ = model.linear_spec_generate(prompt, max_new_tokens=3, block_length=3, temperature=temperature)
+        output_ids, _ = getattr(model, method)(prompt, 3, block_length, **sampling)
         counts[tuple(output_ids[0, 3:].tolist())] += 1
+    assert not any(counts[triple] for triple, chance in expected.items() if chance == 0)
     # Rare outcomes are pooled, so that each cell expects at least 5.
     cells = [(counts[t], num_samples * chance) for t, chance in expected.items() if num_samples * chance >= 5]
-    cells.append((num_samples - sum(c for c, _ in cells), num_samples - sum(e for _, e in cells)))
+    pooled = num_samples - sum(c for c, _ in cells), num_samples - sum(e for _, e in cells)
+    if pooled[1] > 1e-2:
+        cells.append(pooled)
     statistic = sum((count - expectation) ** 2 / expectation for count, expectation in cells)
     freedom = len(cells) - 1
     quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
     return statistic, quantile
 
 
-def test_linear_sampling_has_the_distribution_of_ar(make_model, monkeypatch):
+def transformers_processors(temperature, top_k=None, top_p=None, repetition_penalty=1.0):
+    found = [RepetitionPenaltyLogitsProcessor(repetition_penalty), TemperatureLogitsWarper(temperature)]
+    found += [TopKLogitsWarper(top_k)] if top_k else []
+    return found + ([TopPLogitsWarper(top_p)] if top_p else [])
+
+
+def keep_every_draft(drafts, q, p):
+    return len(drafts), p[len(drafts)].multinomial(1)[0]
+
+
+def draw_again_from_the_target(drafts, q, p):
+    """The right acceptance, but a refused draft is replaced by a draw from p, not from max(p - q, 0)."""
+    chances = p[: len(drafts)].gather(1, drafts[:, None])[:, 0] / q.gather(1, drafts[:, None])[:, 0]
+    num_kept = int((torch.rand_like(chances) < chances).cumprod(dim=0).sum())
+    return num_kept, p[num_kept].multinomial(1)[0]
+
+
+CHI_SQUARE_CASES = [
+    ("linear_spec_generate", {"temperature": 1.0}),
+    ("quadratic_spec_generate", {"temperature": 1.0}),
+    ("linear_spec_generate", {"temperature": 1.2, "top_k": 3, "repetition_penalty": 1.5}),
+    ("quadratic_spec_generate", {"temperature": 1.2, "top_p": 0.8, "repetition_penalty": 1.5}),
+]
+
+
+def check_sampling(make_model, monkeypatch, num_samples, method, sampling, *wrong_rules):
     model = make_model(4, std=0.25, vocab_size=5, mask_token_id=4, num_hidden_layers=1)
-    statistic, quantile = chi_square_of_linear_sampling(model, 1500)
+    statistic, quantile = chi_square_of_sampling(model, method, num_samples, 3, **sampling)
     assert statistic < quantile
-    # The test must be able to fail: keep every draft.
-    monkeypatch.setattr(
-        modeling, "_speculative_sample", lambda drafts, q, p: (len(drafts), p[len(drafts)].multinomial(1)[0])
+    # The test must be able to fail.
+    for wrong in wrong_rules:
+        monkeypatch.setattr(modeling, "_speculative_sample", wrong)
+        wrong_statistic, quantile = chi_square_of_sampling(model, method, num_samples, 3, **sampling)
+        print(f"{method} {sampling}: {statistic:.1f}, {wrong.__name__} {wrong_statistic:.1f}, 1e-4 at {quantile:.1f}")
+        assert wrong_statistic > (2 * quantile if wrong is keep_every_draft else quantile)
+
+
+@pytest.mark.parametrize(("method", "sampling"), CHI_SQUARE_CASES[:2])
+def test_speculative_sampling_has_the_distribution_of_ar(make_model, monkeypatch, method, sampling):
+    check_sampling(make_model, monkeypatch, 800, method, sampling, keep_every_draft)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "sampling"), CHI_SQUARE_CASES)
+def test_20000_speculative_samples_have_the_distribution_of_ar(make_model, monkeypatch, method, sampling):
+    check_sampling(make_model, monkeypatch, 20_000, method, sampling, keep_every_draft, draw_again_from_the_target)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.7},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4},
+    ],
+)
+def test_processed_scores_are_those_of_transformers(make_model, arguments):
+    """What its own ``generate`` draws from, taken from there."""
+    model, prompt = make_model(2), prompt_of(7, batch=2)
+    reference = reference_of(model)
+    torch.manual_seed(1)
+    generated = reference.generate(
+        prompt,
+        max_new_tokens=6,
+        do_sample=True,
+        output_scores=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        **{"top_k": 0, "top_p": 1.0, **arguments},
     )
-    statistic, quantile = chi_square_of_linear_sampling(model, 1500)
-    assert statistic > 2 * quantile
+    full = {"temperature": 1.0, "top_k": None, "top_p": None, "repetition_penalty": 1.0, **arguments}
+    sampling = modeling._Sampling(**full)
+    for step, expected in enumerate(generated.scores):
+        history = generated.sequences[:, : 7 + step]
+        with torch.no_grad():
+            logits = model(history).logits[:, -1]
+        torch.testing.assert_close(sampling.scores(logits, history), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.6])
+def test_greedy_ar_equals_transformers_generate(make_model, penalty):
+    model, prompt = make_model(2), prompt_of(7, batch=3)
+    with torch.no_grad():
+        model.diffusion_head.weight[MASK] = 0.0  # its logit is 0: transformers does not leave it out
+    reference = reference_of(model)
+    expected = reference.generate(
+        prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, repetition_penalty=penalty
+    )
+    assert not (expected == MASK).any()
+    output_ids, _ = model.ar_generate(prompt, 30, repetition_penalty=penalty)
+    assert torch.equal(output_ids, expected)
+    if penalty > 1:
+        assert not torch.equal(output_ids, model.ar_generate(prompt, 30)[0])
+        # Padding is no part of what was said before.
+        padded = torch.nn.functional.pad(prompt, (4, 0), value=int(output_ids[0, 9]))
+        attention_mask = torch.nn.functional.pad(torch.ones_like(prompt), (4, 0))
+        again, _ = model.ar_generate(padded, 30, repetition_penalty=penalty, attention_mask=attention_mask)
+        assert torch.equal(again[:, 4:], output_ids)
+
+
+def test_a_penalty_counts_the_committed_tokens_of_a_block(constant_model):
+    with torch.no_grad():
+        constant_model.diffusion_head.weight[9] = 0.1  # not sure enough to be committed everywhere at once
+        constant_model.diffusion_head.weight[11:21] = 0.01
+    output_ids, _ = constant_model.generate(torch.tensor([[22]]), 8, 4, threshold=1.0)
+    assert output_ids[0, 1:].tolist() == [9] * 8
+    output_ids, _ = constant_model.generate(torch.tensor([[22]]), 8, 4, threshold=1.0, repetition_penalty=1e6)
+    assert output_ids[0, 1:].tolist() == [9, *range(11, 18)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "top_k: 0"),
+        ({"top_p": 0.0}, "top_p: 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0"),
+    ],
+)
+def test_sampling_arguments_refused(make_model, method, changes, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(make_model(), method)(prompt_of(4), 4, temperature=1.0, **changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_lead_to_the_output(half_agreeing_model, method):
+    seen = []
+    output_ids, num_forwards = getattr(half_agreeing_model, method)(
+        prompt_of(5), 13, on_update=lambda new_ids, forwards: seen.append((new_ids[0].tolist(), forwards))
+    )
+    assert seen[-1] == (output_ids[0, 5:].tolist(), num_forwards)
+    for (before, forwards_before), (after, forwards_after) in itertools.pairwise(seen):
+        assert forwards_after > forwards_before
+        assert len(after) >= len(before)
+        settled = [(b, a) for b, a in zip(before, after, strict=False) if b != MASK]
+        assert all(b == a for b, a in settled)
+        assert sum(token != MASK for token in after) > len(settled)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 1.0])
@@ -343,7 +677,10 @@ def test_arguments_refused_by_all(make_model, method, changes, message):
         ("generate", {"threshold": 1.1}, "threshold: 1.1"),
         ("generate", {"threshold": math.nan}, "threshold: nan"),
         ("generate", {"steps_per_block": 0}, "steps_per_block: 0"),
-        ("linear_spec_generate", {"prompt_ids": prompt_of(4, batch=2)}, "prompt_ids: 2 sequences"),
+        ("linear_spec_generate", {"prompt_ids": prompt_of(4, batch=2)}, "prompt_ids: 2 sequences; linear"),
+        ("quadratic_spec_generate", {"prompt_ids": prompt_of(4, batch=2)}, "prompt_ids: 2 sequences; quadratic"),
+        ("quadratic_spec_generate", {"block_length": 0}, "block_length: 0"),
+        ("quadratic_spec_generate", {"diffusion_weight": 1.0}, r"diffusion_weight: 1\.0"),
         ("generate", {"attention_mask": torch.ones(1, 3)}, r"attention_mask: shape \(1, 3\)"),
         ("ar_generate", {"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "attention_mask: padding"),
         ("ar_generate", {"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "attention_mask: padding"),

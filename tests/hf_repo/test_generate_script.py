@@ -1,4 +1,4 @@
-"""From an exported folder to text: loading, the three modes on one prompt, the script, folders that are no export."""
+"""From an exported folder to text: loading, the four modes on one prompt, the script, folders that are no export."""
 
 import json
 import os
@@ -10,26 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from nld_train.errors import CheckpointError
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
+from nld_train.testing.exports import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 PROMPT = "def main"
-
-
-def write_tokenizer(folder):
-    """Bytes as tokens: ids 8.., after some special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<unk>", "<s>", "</s>", "<3>", "<4>", "<mask>", "<6>", "<7>"]
-    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
 
 
 @pytest.fixture
@@ -39,10 +27,10 @@ def export(make_model, write_export, tmp_path):
     return folder
 
 
-def test_continue_prompt_in_three_modes(export):
+def test_continue_prompt_in_every_mode(export):
     model, tokenizer = load_export(export)
     results = {mode: continue_prompt(model, tokenizer, PROMPT, mode, max_new_tokens=24) for mode in DecodingMode}
-    assert results["linear"]["token_ids"] == results["ar"]["token_ids"]
+    assert results["linear"]["token_ids"] == results["quadratic"]["token_ids"] == results["ar"]["token_ids"]
     prompt_ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     expected, num_forwards = model.generate(prompt_ids, max_new_tokens=24)
     assert results["diffusion"]["token_ids"] == expected[0, len(PROMPT) :].tolist()
@@ -57,8 +45,8 @@ def test_continue_prompt_in_three_modes(export):
         assert text.endswith(PROMPT + result["text"])
     with pytest.raises(ValueError, match="prompt: ''"):
         continue_prompt(model, tokenizer, "", "ar")
-    with pytest.raises(ValueError, match="quadratic"):
-        continue_prompt(model, tokenizer, PROMPT, "quadratic")
+    with pytest.raises(ValueError, match="cubic"):
+        continue_prompt(model, tokenizer, PROMPT, "cubic")
 
 
 def test_load_export_dtype(export):
@@ -137,7 +125,7 @@ def test_script(export):
     heads = re.findall(
         r"^\[(\w+)\] 12 tokens, (\d+) forwards, ([\d.]+) tokens per forward\ndef main", done.stdout, re.M
     )
-    assert [mode for mode, _, _ in heads] == ["ar", "diffusion", "linear"]
+    assert [mode for mode, _, _ in heads] == ["ar", "diffusion", "linear", "quadratic"]
     for _, num_forwards, rate in heads:
         assert float(rate) == pytest.approx(12 / int(num_forwards), abs=0.005)
 

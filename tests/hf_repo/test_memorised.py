@@ -66,7 +66,7 @@ def test_memorised_text_takes_few_forwards(memorised, num_prompt):
     output_ids, num_forwards = model.ar_generate(prompt, max_new_tokens=num_new)
     assert torch.equal(output_ids, expected)
     assert num_forwards == num_new
-    for method in (model.generate, model.linear_spec_generate):
+    for method in (model.generate, model.linear_spec_generate, model.quadratic_spec_generate):
         output_ids, num_forwards = method(prompt, max_new_tokens=num_new)
         assert torch.equal(output_ids, expected)
         assert num_new / num_forwards >= 3.0, (method.__name__, num_forwards)
