@@ -702,14 +702,14 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
             supervised = {"AR": loader_batch(text, None, answers), "joint": loader_batch(text, recipe, answers)}
             for dtype in (torch.float32, torch.bfloat16):
                 model = build_model(model_config, ParallelConfig(), dtype=dtype, device=device, seed=0)
-                wrapped = wrap_data_parallel(model, overlap=False, use_distributed_optimizer=False)
-                connect(model, wrapped, None)
+                wrapped = wrap_data_parallel(model, use_distributed_optimizer=False)
+                connect([wrapped], None)
                 shape = StepShape(num_microbatches=1, micro_batch_size=batch, num_rows=None)
 
                 def step(sample: LoaderBatch, wrapped: Any = wrapped, shape: StepShape = shape) -> Sequence[Tensor]:
                     wrapped.zero_grad_buffer()
                     weights = LossWeights(diffusion=0.3)
-                    run_microbatches(iter([sample]), wrapped, shape, objective=recipe, weights=weights, device=device)
+                    run_microbatches(iter([sample]), [wrapped], shape, objective=recipe, weights=weights, device=device)
                     return []
 
                 size = f"hidden {hidden}, {layers} layers, V {vocab}, L {length}, batch {batch}, on {device.type}"

@@ -26,7 +26,7 @@ BATCH, LENGTH = 4, 32
 STEPS = {"ar": 6, "joint": 10}
 
 OVERRIDES = [
-    "model.num_layers=2",
+    "model.num_layers=4",
     "model.hidden_size=32",
     "model.ffn_hidden_size=48",
     "model.num_attention_heads=2",
@@ -215,12 +215,17 @@ def test_random_kills_are_bit_exact(undisturbed: Path, cache: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "layout",
-    ["", *(f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context"))],
-    ids=["dp2", "tp2", "pp2", "cp2"],
+    [
+        (),
+        ("parallel=tp2_sp", "parallel.recompute_granularity=full"),
+        ("parallel=pp2_interleaved", "parallel.recompute_granularity=selective"),
+        ("parallel=cp2",),
+    ],
+    ids=["dp2", "tp2 + sp", "pp2 x 2 virtual", "cp2"],
 )
-def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: Path, layout: str) -> None:
+def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     """Through torchrun; losses agree with one process, and the export of any layout is the same model."""
-    result = train(tmp_path, cache, *filter(None, [layout]), ranks=2)
+    result = train(tmp_path, cache, *layout, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     for found, expected in zip(records(tmp_path), records(undisturbed), strict=True):
         assert found.keys() == expected.keys()

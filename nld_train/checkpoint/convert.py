@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -423,8 +423,8 @@ def check_same_model(folder: HFFolder, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def load_hf_weights(model: NLDModel, config: ModelConfig, folder: Path) -> None:
-    """Initialise this rank's part of the model from a Hugging Face folder (``init.hf_path``).
+def load_hf_weights(models: Sequence[NLDModel], config: ModelConfig, folder: Path) -> None:
+    """Initialise this rank's part of the model (its chunks) from a Hugging Face folder (``init.hf_path``).
 
     Every rank reads only the tensors of its own layers, one at a time. Norms, embedding and head take the model's
     dtype; a tied folder gives the head a copy of the embedding. Rank 0 warns about what is left out (a vision tower).
@@ -438,7 +438,8 @@ def load_hf_weights(model: NLDModel, config: ModelConfig, folder: Path) -> None:
         if dist.get_rank() == 0:
             for note in source.notes:
                 warn(note)
-        for local_name, parameter in model.named_parameters():
-            name = global_parameter_name(model, local_name)
-            whole = rules[name].join(hf_parts(source, rules[name]))
-            parameter.copy_(tensor_parallel_slice(name, whole, rank, size))
+        for model in models:
+            for local_name, parameter in model.named_parameters():
+                name = global_parameter_name(model, local_name)
+                whole = rules[name].join(hf_parts(source, rules[name]))
+                parameter.copy_(tensor_parallel_slice(name, whole, rank, size))

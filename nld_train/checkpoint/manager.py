@@ -13,6 +13,7 @@ import os
 import queue
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -43,6 +44,12 @@ def _sharding() -> dict[str, Any]:
     at any tensor x pipeline x data parallel layout.
     """
     return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _weights(chunks: Sequence[DistributedDataParallel]) -> dict[str, dict[str, Any]]:
+    """Sharded weights by the number of the model chunk. The number is no part of a stored key: a layer's key holds its
+    number in the whole model."""
+    return {str(i): chunk.module.sharded_state_dict(metadata=_sharding()) for i, chunk in enumerate(chunks)}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -216,17 +223,21 @@ class CheckpointManager:
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
 
-    def save(self, model: DistributedDataParallel, optimizer: MegatronOptimizer | None, info: CheckpointInfo) -> Path:
+    def save(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, info: CheckpointInfo
+    ) -> Path:
         """Save after ``info.step`` steps, then remove what ``keep_last`` no longer keeps. Collective.
 
         Args:
+            chunks: this rank's part of the model.
             optimizer: has made at least one step (its state does not exist before); None: weights only.
         """
         folder = self.directory / f"{_PREFIX}{info.step:08d}"
-        if model.ddp_config.overlap_param_gather:
-            # Updated weights are gathered in the next forward pass; until then a rank has only its own share of them.
-            model.start_param_sync(force_sync=True)
-        weights = model.module.sharded_state_dict(metadata=_sharding())
+        for chunk in chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                # Updated weights are gathered in the next forward pass; until then a rank has only its share of them.
+                chunk.start_param_sync(force_sync=True)
+        weights = _weights(chunks)
         state: dict[str, Any] = {"model": weights}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_sharding())
@@ -238,14 +249,16 @@ class CheckpointManager:
                 shutil.rmtree(leftover, ignore_errors=True)
         return folder
 
-    def load(self, folder: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer | None) -> CheckpointInfo:
+    def load(
+        self, folder: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None
+    ) -> CheckpointInfo:
         """Load weights, and optimizer state unless ``optimizer`` is None, at this run's parallel layout. Collective.
 
         Raises:
             CheckpointError: the checkpoint does not fit the model, or cannot be read.
         """
         info = read_info(folder)
-        weights = model.module.sharded_state_dict(metadata=_sharding())
+        weights = _weights(chunks)
         state: dict[str, Any] = {"model": weights}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_sharding())
@@ -260,7 +273,8 @@ class CheckpointManager:
                 "check that model.* is the same as in its checkpoint.json; if the files are damaged, remove the "
                 "folder: the run then resumes from the checkpoint before it",
             ) from error
-        model.module.load_state_dict(loaded["model"], strict=True)
+        for number, chunk in enumerate(chunks):
+            chunk.module.load_state_dict(loaded["model"][str(number)], strict=True)
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
         return info

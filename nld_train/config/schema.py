@@ -82,6 +82,18 @@ class Normalization(Enum):
     sequence = "sequence"
 
 
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it in memory.
+
+    ``none``: nothing. ``selective``: attention cores and norms, a few percent more work. ``full``: whole layers, of
+    which only the input is kept; a third more work.
+    """
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class DecayStyle(Enum):
     """Shape of the decay phase of the warmup-stable-decay learning-rate schedule."""
 
@@ -187,9 +199,18 @@ class TrainConfig:
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
+    """What the ranks share; ranks that are left over share the batch (data parallel)."""
+
     tensor_model_parallel_size: int = 1  # ranks that share every layer
+    sequence_parallel: bool = False  # True: tensor-parallel ranks also share the rows between the matrices
     pipeline_model_parallel_size: int = 1  # ranks that hold consecutive layers
     context_parallel_size: int = 1  # ranks that share a sequence; twice as many chunks of whole blocks make it up
+    virtual_pipeline_model_parallel_size: int | None = None  # model chunks of a pipeline rank (interleaved); null: one
+    num_layers_in_first_pipeline_stage: int | None = None  # layers of the first pipeline rank; null: as many as others
+    num_layers_in_last_pipeline_stage: int | None = None  # layers of the last pipeline rank; null: as many as others
+    recompute_granularity: Recompute = Recompute.none  # what the backward pass computes again: none, selective, full
+    overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; null: on GPUs
+    overlap_param_gather: bool | None = None  # gather updated weights during the next forward pass; null: on GPUs
 
 
 @dataclass(slots=True, kw_only=True)

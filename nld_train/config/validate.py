@@ -466,9 +466,8 @@ def _checkpoint_export_wandb(config: Config) -> Iterable[Problem]:
 
 
 def _parallel(config: Config) -> Iterable[Problem]:
-    model = config.model
     yield from _at_least(config, 1, *(f"parallel.{name}_parallel_size" for name in _GROUPS))
-    tensor, pipeline, context = _sizes(config)
+    tensor, _, context = _sizes(config)
     if tensor >= 1 and (left_over := [f"{key}={size}" for key, size in _split_by_tensor(config) if size % tensor]):
         yield Problem(
             "parallel.tensor_model_parallel_size",
@@ -476,12 +475,13 @@ def _parallel(config: Config) -> Iterable[Problem]:
             f"use parallel.tensor_model_parallel_size={_working_tensor_size(config)} "
             f"(what works for this model: {_listing(_tensor_sizes(config))})",
         )
-    if pipeline >= 1 and model.num_layers >= 1 and model.num_layers % pipeline:
+    yield from _sequence_parallel(config)
+    yield from _pipeline(config)
+    if config.parallel.overlap_param_gather and config.parallel.overlap_grad_reduce is False:
         yield Problem(
-            "parallel.pipeline_model_parallel_size",
-            f"{pipeline} does not divide model.num_layers={model.num_layers}",
-            f"use parallel.pipeline_model_parallel_size={_working_pipeline_size(config)} "
-            f"(what works for this model: {_listing(_divisors(model.num_layers))})",
+            "parallel.overlap_param_gather",
+            "True, but parallel.overlap_grad_reduce=false: Megatron overlaps both, gradients alone, or neither",
+            "use parallel.overlap_param_gather=false",
         )
     uncut = [
         f"{key}={length}{f' of blocks of {unit}' if unit > 1 else ''}"
@@ -498,6 +498,131 @@ def _parallel(config: Config) -> Iterable[Problem]:
 
 
 _GROUPS = ("tensor_model", "pipeline_model", "context")
+
+
+def _sequence_parallel(config: Config) -> Iterable[Problem]:
+    tensor = config.parallel.tensor_model_parallel_size
+    if not config.parallel.sequence_parallel or tensor < 1:
+        return
+    if tensor == 1:
+        yield Problem(
+            "parallel.sequence_parallel",
+            "True shares rows among tensor-parallel ranks, and parallel.tensor_model_parallel_size=1",
+            f"use parallel.sequence_parallel=false, or parallel.tensor_model_parallel_size="
+            f"{next((size for size in _tensor_sizes(config) if size > 1), 1)}",
+        )
+        return
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    lengths |= {
+        f"stages.{name}.sequence_length": stage.sequence_length
+        for name, stage in config.stages.items()
+        if stage.sequence_length is not None
+    }
+    has_whole_blocks = config.data.document_mask is DocumentMask.none and config.objective.block_size >= 1
+    ranks = tensor * max(1, config.parallel.context_parallel_size)
+    unit = math.lcm(ranks, config.objective.block_size) if has_whole_blocks else ranks
+    for key, length in lengths.items():
+        if length >= 1 and length % ranks:
+            by_context = f" x parallel.context_parallel_size={ranks // tensor}" if ranks > tensor else ""
+            yield Problem(
+                key,
+                f"{length} rows cannot be shared out to parallel.tensor_model_parallel_size={tensor}{by_context} ranks "
+                "(parallel.sequence_parallel=true)",
+                f"use {key}={_multiple_of(length, unit)}, or parallel.sequence_parallel=false",
+            )
+
+
+def _pipeline(config: Config) -> Iterable[Problem]:
+    """Layers over pipeline ranks and their chunks."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    uneven = _ends(config)
+    if pipeline < 1 or num_layers < 1:
+        return
+    if virtual is not None and (virtual < 2 or pipeline == 1):
+        sizes = _pipeline_sizes(config) if virtual > 1 else []
+        other = f", or parallel.pipeline_model_parallel_size={sizes[0]}" if sizes else ""
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"{virtual} is too small: a pipeline rank has one chunk without it"
+            if virtual < 2
+            else f"{virtual}, but parallel.pipeline_model_parallel_size=1: there are no stages to interleave",
+            f"use parallel.virtual_pipeline_model_parallel_size=null{other}",
+        )
+        return
+    if uneven and pipeline == 1:
+        for key, size in uneven.items():
+            yield Problem(
+                key, f"{size}, but parallel.pipeline_model_parallel_size=1: one rank has all layers", f"use {key}=null"
+            )
+        return
+    if _layers_fit(config, pipeline, uneven.values()):
+        return
+    chunks = f" x {virtual} virtual stages" if virtual is not None else ""
+    if not uneven and virtual is not None and num_layers % pipeline == 0:
+        fitting = [size for size in _divisors(num_layers // pipeline) if size > 1]
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"{virtual} does not divide the {num_layers // pipeline} layers of a pipeline rank "
+            f"(model.num_layers={num_layers}, parallel.pipeline_model_parallel_size={pipeline})",
+            f"use parallel.virtual_pipeline_model_parallel_size={nearest(virtual, fitting) if fitting else 'null'}",
+        )
+        return
+    if not uneven:
+        yield Problem(
+            "parallel.pipeline_model_parallel_size",
+            f"{pipeline}{chunks} does not divide model.num_layers={num_layers}",
+            f"use parallel.pipeline_model_parallel_size={_working_pipeline_size(config)} "
+            f"(what works for this model: {_listing(_pipeline_sizes(config))})",
+        )
+        return
+    yield Problem(
+        next(iter(uneven)),
+        f"{', '.join(f'{key}={size}' for key, size in uneven.items())}: the rest of model.num_layers={num_layers} does "
+        f"not make {pipeline} pipeline ranks{chunks} of as many layers each",
+        _uneven_remedy(config, uneven),
+    )
+
+
+def _ends(config: Config) -> dict[str, int]:
+    """The configured numbers of layers of the first and of the last pipeline rank, by key."""
+    parallel = config.parallel
+    sizes = {
+        "parallel.num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "parallel.num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+    }
+    return {key: size for key, size in sizes.items() if size is not None}
+
+
+def _layers_fit(config: Config, pipeline: int, ends: Iterable[int]) -> bool:
+    """The layers fall into ``pipeline`` ranks, each of whole chunks with at least one layer, the others alike."""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size or 1
+    if pipeline == 1:
+        return virtual == 1
+    sizes = list(ends)
+    left, num_between = config.model.num_layers - sum(sizes), pipeline - len(sizes)
+    if virtual < 1 or any(size < 1 or size % virtual for size in sizes):
+        return False
+    return left == 0 if num_between == 0 else left > 0 and left % (num_between * virtual) == 0
+
+
+def _uneven_remedy(config: Config, uneven: dict[str, int]) -> str:
+    """The nearest number of layers for one of the uneven stages that leaves the rest even."""
+    fitting = [
+        (abs(candidate - size), f"use {key}={candidate}")
+        for key, size in uneven.items()
+        for candidate in range(1, min(config.model.num_layers, 1000))
+        if _layers_fit(config, config.parallel.pipeline_model_parallel_size, (uneven | {key: candidate}).values())
+    ]
+    return min(fitting)[1] if fitting else f"use {' '.join(f'{key}=null' for key in uneven)}"
+
+
+def _pipeline_sizes(config: Config) -> list[int]:
+    """What works for the layers and chunks of this configuration."""
+    ends = _ends(config).values()
+    return [
+        size for size in range(1, min(max(1, config.model.num_layers), 1000) + 1) if _layers_fit(config, size, ends)
+    ]
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:
@@ -530,7 +655,7 @@ def _working_tensor_size(config: Config) -> int:
 
 
 def _working_pipeline_size(config: Config) -> int:
-    return nearest(config.parallel.pipeline_model_parallel_size, _divisors(max(1, config.model.num_layers)))
+    return nearest(config.parallel.pipeline_model_parallel_size, _pipeline_sizes(config) or [1])
 
 
 def _cut_by_context(config: Config) -> list[tuple[str, int, int]]:
@@ -596,6 +721,36 @@ def _batch(config: Config, data_parallel_size: int) -> Iterable[Problem]:
             totals[f"stages.{name}.global_batch_size"] = stage.global_batch_size
     for key, total in totals.items():
         yield from _batch_of(config.train.micro_batch_size, key, total, data_parallel_size)
+        yield from _rounds(config, key, total, data_parallel_size)
+
+
+def _rounds(config: Config, key: str, total: int, data_parallel_size: int) -> Iterable[Problem]:
+    """Enough micro-batches for every pipeline stage; with interleaved stages whole rounds of them."""
+    pipeline, micro = config.parallel.pipeline_model_parallel_size, config.train.micro_batch_size
+    is_interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    per_round = micro * data_parallel_size
+    if pipeline < 2 or per_round < 1 or total < 1 or total % per_round:
+        return
+    count = total // per_round
+    if count >= pipeline and not (is_interleaved and count % pipeline):
+        return
+    why = f"fewer than parallel.pipeline_model_parallel_size={pipeline}"
+    if count >= pipeline:
+        why = f"no multiple of parallel.pipeline_model_parallel_size={pipeline}, as interleaved stages need"
+    smaller = [
+        size
+        for size in _divisors(total // data_parallel_size)
+        if size < micro and total // data_parallel_size // size % pipeline == 0
+    ]
+    remedy = f"use {key}={_multiple_of(total, per_round * pipeline)}"
+    if smaller:
+        remedy += f", or train.micro_batch_size={smaller[-1]}"
+    yield Problem(
+        key,
+        f"{total} is {count} micro-batch{'es' if count > 1 else ''} of train.micro_batch_size={micro} on each of "
+        f"{data_parallel_size} data-parallel rank{'s' if data_parallel_size > 1 else ''}: {why}",
+        remedy,
+    )
 
 
 def _batch_of(micro: int, key: str, total: int, data_parallel_size: int) -> Iterable[Problem]:
@@ -617,12 +772,17 @@ def _validation_batch(config: Config, data_parallel_size: int) -> Iterable[Probl
     sizes |= {
         f"stages.{name}.chat_validation_samples": stage.chat_validation_samples for name, stage in config.stages.items()
     }
+    # Interleaved pipeline stages work in rounds of as many micro-batches.
+    parallel = config.parallel
+    rounds = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size is not None else 1
+    unit = data_parallel_size * max(1, rounds)
     for key, samples in sizes.items():
-        if samples >= 1 and samples % data_parallel_size:
+        if samples >= 1 and samples % unit:
+            stages = f" in rounds of {rounds} interleaved pipeline stages" if rounds > 1 else ""
             yield Problem(
                 key,
-                f"{samples} cannot be shared out to {data_parallel_size} data-parallel ranks",
-                f"use {key}={_multiple_of(samples, data_parallel_size)}",
+                f"{samples} cannot be shared out to {data_parallel_size} data-parallel ranks{stages}",
+                f"use {key}={_multiple_of(samples, unit)}",
             )
 
 

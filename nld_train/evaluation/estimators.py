@@ -127,7 +127,7 @@ def measure(
         wrapped.zero_grad_buffer()
         terms = run_microbatches(
             iter([batch]),
-            wrapped,
+            [wrapped],
             StepShape(num_microbatches=1, micro_batch_size=len(samples), num_rows=None),
             objective=objective,
             weights=LossWeights(ar=0.0, diffusion=1.0),
@@ -194,9 +194,9 @@ def measure_run(
         model = build_model(
             config.model, ParallelConfig(), dtype=torch.float32, device=platform.device, seed=config.run.seed
         )
-        wrapped = wrap_data_parallel(model, overlap=False, use_distributed_optimizer=False)
-        connect(model, wrapped, None)
-        CheckpointManager(run_dir / "checkpoints", config.checkpoint).load(checkpoint, wrapped, None)
+        wrapped = wrap_data_parallel(model, use_distributed_optimizer=False)
+        connect([wrapped], None)
+        CheckpointManager(run_dir / "checkpoints", config.checkpoint).load(checkpoint, [wrapped], None)
         for name, objective in chosen.items():
             yield measure(
                 wrapped,

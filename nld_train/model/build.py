@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfig
-from nld_train.model.head import LossHead, WeightedRows
+from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfig, Recompute
+from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
 from nld_train.model.layer_spec import DecoderAttention, DecoderRows, decoder_layer_spec, decoder_spec
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import SequenceLayout
@@ -26,6 +26,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         dtype: of parameters and activations: bfloat16, float32, or float64 (float64 for verification only: Megatron's
             optimizer does not take it).
     """
+    recompute: dict[str, Any] = {}
+    if parallel.recompute_granularity is Recompute.selective:
+        # The norms recompute themselves: Megatron's own way needs Transformer Engine.
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    elif parallel.recompute_granularity is Recompute.full:
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -52,6 +59,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # With interleaved stages the batched default confuses two messages between the same two ranks (at two pipeline
+        # ranks the next one is also the one before), without any error.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        **recompute,
         # These name CUDA extensions of Apex; without them Megatron raises when it builds a layer.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -76,18 +92,17 @@ class NLDModel(GPTModel):
         model: ModelConfig,
         backend: AttentionBackend,
         *,
-        pre_process: bool,
-        post_process: bool,
+        vp_stage: int | None,
     ) -> None:
-        if config.sequence_parallel:
-            raise ValueError("sequence_parallel: the last layer gathers rows of whole sequences; set it to False")
+        pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         attention = ModuleSpec(
             module=DecoderAttention,
             params={"rotary": RotaryEmbedding(model.rope, model.head_dim), "backend": backend},
         )
         super().__init__(
             config,
-            decoder_spec(decoder_layer_spec(attention), get_num_layers_to_build(config)),  # type: ignore[arg-type]
+            decoder_spec(decoder_layer_spec(attention), get_num_layers_to_build(config, vp_stage)),  # type: ignore[arg-type]
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,
@@ -95,6 +110,7 @@ class NLDModel(GPTModel):
             parallel_output=True,
             share_embeddings_and_output_weights=False,
             position_embedding_type="none",
+            vp_stage=vp_stage,
         )
         if post_process:
             self.output_layer = LossHead(config, model.vocab_size)
@@ -104,16 +120,21 @@ class NLDModel(GPTModel):
 
         Args:
             tokens: int64 [B, S] (read on the first pipeline stage only).
-            layout: what each of the S rows is.
+            layout: what each of the S rows is; with sequence parallelism S is a multiple of the tensor-parallel size.
             selected: rows that enter the loss (read on the last stage only); None asks the last stage for logits.
 
         Returns:
-            hidden states [S, B, H] on every stage but the last; there what :meth:`LossHead.forward` returns.
+            hidden states [S, B, H] on every stage but the last (with sequence parallelism this rank's share of the S
+            rows); there what :meth:`LossHead.forward` returns.
         """
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
-        rows = selected.rows if selected is not None and self.post_process else None
+        rows = None
+        if selected is not None and self.post_process:
+            rows = selected.rows
+            if self.config.sequence_parallel:
+                rows = padded_to_shares(rows, self.config.tensor_model_parallel_size)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, attention_bias=DecoderRows(layout=layout, selected=rows)
         )
@@ -175,17 +196,27 @@ def initialize_weights(model: NLDModel, *, seed: int, std: float) -> None:
         parameter.copy_(tensor_parallel_slice(name, full, rank, size))
 
 
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[NLDModel]:
+    """This rank's part of the model, on ``device``, with weights drawn from ``seed``.
+
+    Returns:
+        one chunk, or with interleaved pipeline stages as many as are configured, in the order of their layers. They
+        share one TransformerConfig, which Megatron's schedule reads.
+    """
+    config = transformer_config(model, parallel, dtype)
+    num_chunks = parallel.virtual_pipeline_model_parallel_size
+    stages = [None] if num_chunks is None else range(num_chunks)
+    chunks = [NLDModel(config, model, model.attention_backend, vp_stage=stage).to(device) for stage in stages]
+    for chunk in chunks:
+        initialize_weights(chunk, seed=seed, std=model.initializer_range)
+    return chunks
+
+
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device, seed: int
 ) -> NLDModel:
-    """This rank's part of the model, on ``device``, with weights drawn from ``seed``."""
-    config = transformer_config(model, parallel, dtype)
-    built = NLDModel(
-        config,
-        model,
-        model.attention_backend,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    ).to(device)
-    initialize_weights(built, seed=seed, std=model.initializer_range)
-    return built
+    """:func:`build_chunks` of a layout without interleaved stages."""
+    (chunk,) = build_chunks(model, parallel, dtype=dtype, device=device, seed=seed)
+    return chunk

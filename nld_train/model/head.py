@@ -64,6 +64,12 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
 
+def padded_to_shares(rows: Tensor, num_shares: int) -> Tensor:
+    """``rows`` (int64 [R]) lengthened by row 0 until each of ``num_shares`` ranks gets as many, at least one."""
+    per_share = max(1, -(-len(rows) // num_shares))
+    return torch.nn.functional.pad(rows, (0, per_share * num_shares - len(rows)))
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Softmax and sums run at least in fp32."""
     return torch.promote_types(dtype, torch.float32)
@@ -148,6 +154,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         first_vocab_id: int,
         group: dist.ProcessGroup | None,
         needs_grad: bool,
+        reduces_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = _compute_dtype(hidden.dtype)
         num_rows = hidden.shape[0]
@@ -190,7 +197,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 del rounded
             del logits, probabilities  # before those of the next chunk are made
         if grad_hidden is not None:
-            if group is not None:
+            if group is not None and reduces_grad:
                 dist.all_reduce(grad_hidden, group=group)
             ctx.save_for_backward(grad_hidden, None if main_grad is not None else grad_weight)
             ctx.weight = weight
@@ -211,7 +218,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
             if grad_weight is not None:
                 grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -222,6 +229,7 @@ def fused_linear_cross_entropy(
     *,
     first_vocab_id: int = 0,
     group: dist.ProcessGroup | None = None,
+    reduces_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum of cross-entropies, and the cross-entropy of each row, without ever holding all logits.
 
@@ -237,6 +245,8 @@ def fused_linear_cross_entropy(
         weights: [R], factor of each row; known before the forward, so gradients are formed in it.
         first_vocab_id: id of this rank's first vocabulary row.
         group: tensor-parallel group; None for one rank.
+        reduces_grad: the gradient of ``hidden`` is summed over the group here; False: each rank returns its part of
+            the sum, for a caller that adds them up.
 
     Returns:
         the weighted sum (differentiable with respect to ``hidden`` and ``weight``; fp32, or fp64 for fp64 input), the
@@ -248,7 +258,9 @@ def fused_linear_cross_entropy(
             stops with an assertion instead, since the host does not wait for the number).
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _FusedLinearCrossEntropy.apply(hidden, weight, targets, weights, first_vocab_id, group, needs_grad)
+    return _FusedLinearCrossEntropy.apply(
+        hidden, weight, targets, weights, first_vocab_id, group, needs_grad, reduces_grad
+    )
 
 
 class LossHead(tensor_parallel.ColumnParallelLinear):
@@ -272,7 +284,8 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         """Loss of the selected rows, or all logits.
 
         Args:
-            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`); for logits [S, B, H].
+            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`); for logits [S, B, H]. With sequence
+                parallelism this rank's share of the rows, those of :func:`padded_to_shares` for a loss.
             selected: the rows that enter the loss; None asks for logits.
 
         Returns:
@@ -284,6 +297,10 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
             return logits.transpose(0, 1)
         rank = parallel_state.get_tensor_model_parallel_rank()
         is_parallel = parallel_state.get_tensor_model_parallel_world_size() > 1
+        if self.sequence_parallel:
+            # Its backward sums the ranks' parts of the gradient and gives each the rows of its share.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+            hidden = hidden[: len(selected.rows)]
         return fused_linear_cross_entropy(
             hidden.squeeze(1),
             self.weight,
@@ -291,4 +308,5 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
             selected.weights,
             first_vocab_id=rank * self.output_size_per_partition,
             group=self.tp_group if is_parallel else None,
+            reduces_grad=not self.sequence_parallel,
         )

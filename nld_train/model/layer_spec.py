@@ -7,13 +7,16 @@ Dimensions: B sequences, S rows of the model's input, R of the S * B rows that e
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nld_train.model.attention import JointAttention
 from nld_train.model.head import gather_rows
@@ -33,7 +37,7 @@ class DecoderRows:
     """What the rows of one micro-batch are; travels down the decoder as ``attention_bias``.
 
     ``layout``: of the S rows. ``selected`` int64 [R]: index into the flattened [S, B], the rows that leave the last
-    layer; None: all do.
+    layer; None: all do. With sequence parallelism R is a multiple of the tensor-parallel size.
     """
 
     layout: SequenceLayout
@@ -44,18 +48,24 @@ class RMSNorm(torch.nn.Module):
     """Root-mean-square norm, as in transformers' Ministral3: statistics at least in fp32, weight applied after.
 
     Megatron's torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums its gradient
-    over tensor-parallel ranks.
+    over tensor-parallel ranks. With selective recomputation its fp32 copies of the rows are not kept.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.recomputes = config.recompute_granularity == "selective"
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._normalize, hidden, use_reentrant=False, preserve_rng_state=False)
+        return self._normalize(hidden)
+
+    def _normalize(self, hidden: Tensor) -> Tensor:
         values = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * values.to(hidden.dtype)
@@ -82,14 +92,14 @@ class Residual:
     """Megatron's residual connection, to which only the selected rows of the residual go."""
 
     def __init__(self) -> None:
-        self.selected: Tensor | None = None
+        self.select: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         add = get_bias_dropout_add(training, fused)
-        selected = self.selected
-        if selected is None:
+        select = self.select
+        if select is None:
             return add
-        return lambda branch, residual, dropout: add(branch, gather_rows(residual, selected), dropout)
+        return lambda branch, residual, dropout: add(branch, select(residual), dropout)
 
 
 class DecoderLayer(TransformerLayer):
@@ -97,13 +107,26 @@ class DecoderLayer(TransformerLayer):
 
     def forward(self, *args: Any, attention_bias: DecoderRows, **kwargs: Any) -> Any:
         """As Megatron's. The rows are those of this very call, also when Megatron calls again to recompute."""
-        if self.layer_number != self.config.num_layers:
+        if self.layer_number != self.config.num_layers or attention_bias.selected is None:
             return super().forward(*args, attention_bias=attention_bias, **kwargs)
-        self.self_attn_bda.selected = attention_bias.selected
+        self.self_attn_bda.select = partial(self._selected_of_residual, rows=attention_bias.selected)
         try:
             return super().forward(*args, attention_bias=attention_bias, **kwargs)
         finally:
-            self.self_attn_bda.selected = None
+            self.self_attn_bda.select = None
+
+    def _selected_of_residual(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """[S, B, H] -> [R, 1, H]; with sequence parallelism this rank's share of both.
+
+        A rank's equal share of the selected rows is not among its share of all rows: nearly all clean rows are
+        selected and few of the noisy ones. So the residual is gathered once; in return the second half of the layer
+        and the head exchange the selected rows alone.
+        """
+        if not self.config.sequence_parallel:
+            return gather_rows(residual, rows)
+        group = parallel_state.get_tensor_model_parallel_group()
+        whole = gather_from_sequence_parallel_region(residual, group=group)
+        return gather_rows(whole, rows.chunk(group.size())[group.rank()])
 
 
 def decoder_layer_spec(core_attention: ModuleSpec) -> ModuleSpec:

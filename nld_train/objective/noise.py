@@ -110,7 +110,8 @@ def corrupt(
     sets of m alike, and weigh 1 / E[m / n_b] more (rho = ``noisy_fraction``): the expected loss is that of all blocks.
 
     N is the most rows of any sequence. It is a constant of the configuration where every token is supervised and there
-    are no documents (or rho is 1); else it is rounded up to a multiple of 128, at most to C * L. N is at least 1.
+    are no documents (or rho is 1); else it is rounded up to a multiple of 128, at most to C * L. N is at least 1, and
+    a multiple of ``row_multiple``.
 
     Args:
         tokens: int64 [B, L], on the CPU.
@@ -138,7 +139,7 @@ def corrupt(
     if num_rows is None:
         most_rows = np.bincount(blocks.sequences, weights=blocks.is_token.sum(axis=1), minlength=num_sequences).max()
         num_multiples = max(1, math.ceil(spec.num_copies * most_rows / _ROW_MULTIPLE))
-        num_rows = min(num_multiples * _ROW_MULTIPLE, spec.num_copies * length)
+        num_rows = _rounded(min(num_multiples * _ROW_MULTIPLE, spec.num_copies * length), spec)
     return _lay_out(tokens.numpy(), num_rows, spec.mask_token_id, blocks, is_masked, weights)
 
 
@@ -153,9 +154,13 @@ def num_noisy_rows(spec: NoiseSpec, length: int, *, has_documents: bool, has_gap
     if has_gaps or (has_documents and spec.noisy_fraction < 1):
         return None
     if has_documents:
-        return spec.num_copies * length
+        return _rounded(spec.num_copies * length, spec)
     num_chosen = max(1, math.ceil(round(spec.noisy_fraction * (length // spec.block_size), 9)))
-    return spec.num_copies * num_chosen * spec.block_size
+    return _rounded(spec.num_copies * num_chosen * spec.block_size, spec)
+
+
+def _rounded(num_rows: int, spec: NoiseSpec) -> int:
+    return math.ceil(num_rows / spec.row_multiple) * spec.row_multiple
 
 
 def stratified_levels(seed: int, stream_position: int, global_batch_size: int, num_slots: int) -> np.ndarray:

@@ -58,6 +58,7 @@ class NoiseSpec:
         global_batch_size: samples of a step over all ranks; used, and then needed, with ``stratify`` batch and with
             ``shared_noise_level``.
         half_life_ratio: of ``position_weighted``, in blocks.
+        row_multiple: the number of noisy rows is rounded up to a multiple of it by padding rows.
 
     Raises:
         ValueError: a value, or the pair of ``complementary`` and ``position_weighted``, is out of range.
@@ -74,6 +75,7 @@ class NoiseSpec:
     noisy_fraction: float = 1.0
     global_batch_size: int = 0
     half_life_ratio: float = 0.25
+    row_multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:

@@ -2,7 +2,8 @@
 
 Starting a process and importing torch and Megatron takes seconds, a case takes milliseconds. Each case gets process
 groups of its own, which end with it: gloo keeps several threads for every group, and Megatron makes some twenty groups.
-The test's own process never enters the CPU compatibility mode.
+So the same processes serve cases of one, two and four ranks. The test's own process never enters the CPU compatibility
+mode.
 """
 
 import gc
@@ -29,9 +30,9 @@ _CASE_TIMEOUT = 240.0
 _MAX_THREADS = 150
 
 
-def _serve(rank: int, world_size: int, connection: Connection) -> None:
+def _serve(rank: int, connection: Connection) -> None:
     """Body of one rank: answer cases until told to stop."""
-    os.environ.update({"LOCAL_WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+    os.environ.update({"LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
     import torch.distributed as dist
 
     from nld_train.platform.device import initialize_device
@@ -47,7 +48,7 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             os._exit(1)
         if message is None:
             break
-        case, parallel, seed, store, args = message
+        case, world_size, parallel, seed, store, args = message
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             topology = initialize_topology(parallel, platform, seed=seed)
@@ -61,15 +62,14 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
         connection.send(answer)
 
 
-class RankPool:
-    """``world_size`` gloo ranks on this machine; use as a context manager.
+class RankProcesses:
+    """The processes behind the pools, started when a case first needs them; use as a context manager.
 
-    A failed case breaks the pool (its other ranks may wait for the failed one for ever): the processes are ended and
-    the next case starts new ones.
+    A failed case breaks its processes (the other ranks may wait for the failed one for ever): all are ended and the
+    next case starts new ones.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self) -> None:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -88,17 +88,19 @@ class RankPool:
             process.join(timeout=10)
         self._kill()
 
-    def _start(self) -> None:
+    def _start(self, world_size: int) -> None:
+        """Until there are at least ``world_size`` of them."""
         context = multiprocessing.get_context("spawn")
-        for rank in range(self.world_size):
+        first = len(self._processes)
+        for rank in range(first, world_size):
             ours, theirs = context.Pipe()
             # Not daemonic: the checkpoint writer starts a process of its own, which a daemon may not.
-            process = context.Process(target=_serve, args=(rank, self.world_size, theirs))
+            process = context.Process(target=_serve, args=(rank, theirs))
             process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        for connection in self._connections:
+        for connection in self._connections[first:]:
             self._receive(connection, _START_TIMEOUT)
 
     def _kill(self) -> None:
@@ -120,6 +122,28 @@ class RankPool:
             raise RuntimeError(f"a rank raised:\n{value}")
         return value
 
+    def run(self, world_size: int, case: Case, args: tuple[Any, ...], parallel: ParallelConfig, seed: int) -> Any:
+        """See :meth:`RankPool.run`."""
+        self._start(world_size)
+        connections = self._connections[:world_size]
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for connection in connections:
+                connection.send((case, world_size, parallel, seed, store, args))
+            results = [self._receive(connection, _CASE_TIMEOUT) for connection in connections]
+        # Some of Megatron's caches keep groups alive all the same; processes with many threads are ended.
+        if any(psutil.Process(process.pid).num_threads() > _MAX_THREADS for process in self._processes):
+            self._stop()
+        return results[0]
+
+
+class RankPool:
+    """The first ``world_size`` of some processes as gloo ranks."""
+
+    def __init__(self, world_size: int, processes: RankProcesses) -> None:
+        self.world_size = world_size
+        self._processes = processes
+
     def run(self, case: Case, *args: Any, parallel: ParallelConfig | None = None, seed: int = 1234) -> Any:
         """Run one case on all ranks at a parallel layout and return rank 0's result.
 
@@ -129,14 +153,4 @@ class RankPool:
             parallel: layout; None: data parallel over all ranks.
             seed: of Megatron's RNG tracker.
         """
-        if not self._processes:
-            self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            for connection in self._connections:
-                connection.send((case, parallel or ParallelConfig(), seed, store, args))
-            results = [self._receive(connection, _CASE_TIMEOUT) for connection in self._connections]
-        # Some of Megatron's caches keep groups alive all the same; a pool that has collected many threads starts anew.
-        if any(psutil.Process(process.pid).num_threads() > _MAX_THREADS for process in self._processes):
-            self._stop()
-        return results[0]
+        return self._processes.run(self.world_size, case, args, parallel or ParallelConfig(), seed)

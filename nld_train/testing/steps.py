@@ -3,7 +3,9 @@
 Cases for :class:`nld_train.testing.ranks.RankPool`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +22,14 @@ from nld_train.config.schema import (
     Stratify,
 )
 from nld_train.data.loader import LoaderBatch
-from nld_train.model.build import NLDModel, build_model, global_parameter_name, partition_dim
+from nld_train.model.build import NLDModel, build_chunks, build_model, global_parameter_name, partition_dim
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import Corruption, corrupt
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
-from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
+from nld_train.training.run import connect, overlap, wrap_data_parallel
+from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, row_multiple, run_microbatches
 
 
 def tiny_model(**changes: object) -> ModelConfig:
@@ -80,7 +82,6 @@ class StepCase:
     seed: int = 1234
     num_optimizer_steps: int = 0  # 0: gradients only
     lr: float = 1e-3
-    overlap: bool = False  # communication overlapped with computation, as on GPUs
     # AdamW's first steps are lr * sign(gradient) where eps is small: rounding of a gradient near 0 would decide its
     # sign. A large eps makes the update a smooth function of the gradient, so that layouts can be compared.
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-2))
@@ -95,9 +96,14 @@ class StepResult:
     parameters: dict[str, Tensor]
 
 
-def loader_batches(case: StepCase, topology: Topology) -> list[LoaderBatch]:
+def loader_batches(case: StepCase, topology: Topology, row_multiple: int = 1) -> list[LoaderBatch]:
     """This rank's micro-batches, in the order of :class:`nld_train.data.loader.TrainLoader`."""
-    spec = noise_spec(case.objective, seed=case.seed, global_batch_size=case.samples.shape[0])
+    spec = noise_spec(
+        case.objective,
+        seed=case.seed,
+        global_batch_size=case.samples.shape[0],
+        row_multiple=row_multiple,
+    )
     per_round = case.micro_batch_size * topology.data_parallel_size
     batches = []
     for start in range(topology.data_parallel_rank * case.micro_batch_size, case.samples.shape[0], per_round):
@@ -136,12 +142,13 @@ def loader_batches(case: StepCase, topology: Topology) -> list[LoaderBatch]:
     return batches
 
 
-def whole_tensors(model: NLDModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gather every tensor- and pipeline-parallel part of the named tensors. Collective; the same on every rank."""
+def whole_tensors(models: Sequence[NLDModel], value_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Gather every tensor- and pipeline-parallel part of what ``value_of`` gives for each parameter, by the parameter's
+    name in the whole model. Collective; the same on every rank."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     whole: dict[str, Tensor] = {}
-    for local_name, value in values.items():
-        name = global_parameter_name(model, local_name)
+    named = [(global_parameter_name(m, name), value_of(p)) for m in models for name, p in m.named_parameters()]
+    for name, value in named:
         if size == 1 or value.dim() == 1:
             whole[name] = value
             continue
@@ -169,25 +176,34 @@ def run_step(
     Args:
         initial: parameters by name to start from (one rank); None: drawn from the case's seed.
     """
-    model = build_model(case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed)
+    models = build_chunks(case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed)
     if initial is not None:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in models[0].named_parameters():
                 parameter.copy_(initial[name])
     trains = case.num_optimizer_steps > 0
-    wrapped = wrap_data_parallel(model, overlap=case.overlap, use_distributed_optimizer=trains)
-    optimizer = build_optimizer(case.optim, [wrapped], case.dtype) if trains else None
-    connect(model, wrapped, optimizer)
+    chunks = [
+        wrap_data_parallel(
+            model,
+            **overlap(parallel, platform),
+            use_distributed_optimizer=trains,
+            is_first_chunk=model is models[0],
+        )
+        for model in models
+    ]
+    optimizer = build_optimizer(case.optim, chunks, case.dtype) if trains else None
+    connect(chunks, optimizer)
     shape = StepShape(
         num_microbatches=case.samples.shape[0] // (case.micro_batch_size * topology.data_parallel_size),
         micro_batch_size=case.micro_batch_size,
         num_rows=None,
     )
     for _ in range(max(1, case.num_optimizer_steps)):
-        wrapped.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         terms = run_microbatches(
-            iter(loader_batches(case, topology)),
-            wrapped,
+            iter(loader_batches(case, topology, row_multiple(parallel))),
+            chunks,
             shape,
             objective=case.objective,
             weights=LossWeights(ar=case.ar_loss_weight, diffusion=case.diffusion_loss_weight),
@@ -196,13 +212,13 @@ def run_step(
         if optimizer is not None:
             set_hyperparameters(optimizer, case.optim, case.lr)
             optimizer.step()
-    if case.overlap and trains:
-        wrapped.start_param_sync(force_sync=True)
-    named = dict(model.named_parameters())
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     return StepResult(
         terms=reduce_terms(terms),
-        gradients={} if trains else whole_tensors(model, {name: p.main_grad for name, p in named.items()}),  # type: ignore[attr-defined]
-        parameters=whole_tensors(model, {name: p.detach() for name, p in named.items()}),
+        gradients={} if trains else whole_tensors(models, lambda parameter: parameter.main_grad),
+        parameters=whole_tensors(models, lambda parameter: parameter.detach()),
     )
 
 
@@ -214,8 +230,8 @@ def run_many_draws(topology: Topology, platform: Platform, case: StepCase, num_d
         float64 [num_draws], and [num_draws, all parameters].
     """
     model = build_model(case.model, ParallelConfig(), dtype=case.dtype, device=platform.device, seed=case.seed)
-    wrapped = wrap_data_parallel(model, overlap=False, use_distributed_optimizer=False)
-    connect(model, wrapped, None)
+    wrapped = wrap_data_parallel(model, use_distributed_optimizer=False)
+    connect([wrapped], None)
     num_samples = case.samples.shape[0]
     losses, gradients = [], []
     for draw in range(num_draws):
@@ -223,7 +239,7 @@ def run_many_draws(topology: Topology, platform: Platform, case: StepCase, num_d
         moved = replace(case, first_position=draw * num_samples)
         terms = run_microbatches(
             iter(loader_batches(moved, topology)),
-            wrapped,
+            [wrapped],
             StepShape(
                 num_microbatches=num_samples // case.micro_batch_size,
                 micro_batch_size=case.micro_batch_size,

@@ -1,6 +1,7 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import save_resolved, to_dict
-from nld_train.config.schema import Config, Precision
+from nld_train.config.schema import Config, ParallelConfig, Precision
 from nld_train.config.validate import notices
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
-from nld_train.model.build import NLDModel, build_model
+from nld_train.model.build import NLDModel, build_chunks
 from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import Platform, initialize_device
 from nld_train.platform.topology import Topology, topology_of
@@ -65,16 +66,19 @@ def run(config: Config) -> None:
                 sources[stage.name].build_index(first_sample, first_sample + stage.global_batch_size)
 
             dtype = _DTYPES[config.train.precision]
-            model = build_model(
+            models = build_chunks(
                 config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
             )
             if config.init.hf_path is not None and resume is None:
-                load_hf_weights(model, config.model, Path(config.init.hf_path))
-            wrapped = wrap_data_parallel(model, overlap=platform.is_cuda)
-            optimizer = build_optimizer(config.optim, [wrapped], dtype)
-            connect(model, wrapped, optimizer)
+                load_hf_weights(models, config.model, Path(config.init.hf_path))
+            chunks = [
+                wrap_data_parallel(model, **overlap(config.parallel, platform), is_first_chunk=model is models[0])
+                for model in models
+            ]
+            optimizer = build_optimizer(config.optim, chunks, dtype)
+            connect(chunks, optimizer)
             if resume is not None:
-                manager.load(resume.checkpoint, wrapped, optimizer)
+                manager.load(resume.checkpoint, chunks, optimizer)
 
             if is_main:
                 callbacks = build_callbacks(config)
@@ -86,7 +90,7 @@ def run(config: Config) -> None:
                 topology=topology,
                 device=platform.device,
                 stages=stages,
-                model=wrapped,
+                chunks=chunks,
                 optimizer=optimizer,
                 sources=sources,
                 validation=validation,
@@ -107,15 +111,31 @@ def run(config: Config) -> None:
         callbacks.on_run_end()
 
 
+def overlap(parallel: ParallelConfig, platform: Platform) -> dict[str, bool]:
+    """Which communication is overlapped with computation: what the configuration says, else on GPUs all of it."""
+    gradients, weights = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    gradients = platform.is_cuda if gradients is None else gradients
+    weights = platform.is_cuda and gradients if weights is None else weights
+    return {"overlap_grad_reduce": gradients, "overlap_param_gather": weights}
+
+
 def wrap_data_parallel(
-    model: NLDModel, *, overlap: bool, use_distributed_optimizer: bool = True
+    model: NLDModel,
+    *,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
+    use_distributed_optimizer: bool = True,
+    is_first_chunk: bool = True,
 ) -> DistributedDataParallel:
     """Megatron's data parallelism; gradients are accumulated and reduced in fp32 (float64 for a float64 model).
 
     Args:
-        overlap: reduce gradients during the backward pass, gather updated weights during the next forward pass.
+        overlap_grad_reduce: reduce gradients during the backward pass.
+        overlap_param_gather: gather updated weights during the next forward pass (of the distributed optimizer).
         use_distributed_optimizer: each rank keeps the reduced gradient and the optimizer state of its share only;
             False: every rank keeps all gradients (to look at them).
+        is_first_chunk: of a pipeline rank's model chunks. The gradients of the others are reduced in one piece each:
+            the backward pass of the chunks before them is still to come.
     """
     is_double = next(model.parameters()).dtype is torch.float64
     return DistributedDataParallel(
@@ -123,22 +143,25 @@ def wrap_data_parallel(
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=not is_double,
             use_distributed_optimizer=use_distributed_optimizer,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap and use_distributed_optimizer,
+            overlap_grad_reduce=overlap_grad_reduce,
+            overlap_param_gather=overlap_param_gather,
         ),
         module=model,
+        disable_bucketing=not is_first_chunk,
     )
 
 
-def connect(model: NLDModel, wrapped: DistributedDataParallel, optimizer: Any) -> None:
+def connect(chunks: Sequence[DistributedDataParallel], optimizer: Any) -> None:
     """Tell Megatron's schedule how gradients are scaled, synchronised and finished."""
-    config: Any = model.config
+    config: Any = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     if optimizer is not None:
         config.grad_scale_func = optimizer.scale_loss
-    if wrapped.ddp_config.overlap_grad_reduce:
-        config.no_sync_func = wrapped.no_sync
-        config.grad_sync_func = wrapped.start_grad_sync
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        # The interleaved schedule takes a function of each chunk, the others take one.
+        no_sync, grad_sync = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
 
 
 def describe(
@@ -169,6 +192,7 @@ def describe(
             "ranks": f"{topology.world_size} (tensor {topology.tensor_parallel_size} x pipeline "
             f"{topology.pipeline_size} x context {topology.context_parallel_size} x data "
             f"{topology.data_parallel_size}), {platform.distributed_backend}",
+            "recomputed": config.parallel.recompute_granularity.value,
             "threads per rank": str(torch.get_num_threads()),
             "allocator": "keeps freed memory" if keeps_memory else "as it was set",
         },

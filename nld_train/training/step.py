@@ -5,9 +5,10 @@ data- and context-parallel ranks and divides the gradients once; the sums are re
 Context-parallel ranks read the same micro-batch, weigh its rows, and then take their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, tee
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from nld_train.config.schema import ObjectiveConfig
+from nld_train.config.schema import ObjectiveConfig, ParallelConfig
 from nld_train.data.loader import LoaderBatch
 from nld_train.model.head import WeightedRows, select_weighted_rows
 from nld_train.objective.losses import LossTerms, loss_terms
@@ -51,12 +52,18 @@ class LossWeights:
     diffusion: float
 
 
-def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int) -> NoiseSpec:
+def row_multiple(parallel: ParallelConfig) -> int:
+    """What the number of rows must be a multiple of: tensor-parallel ranks share them equally."""
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+
+def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int, row_multiple: int = 1) -> NoiseSpec:
     """How a stage's noisy rows are made.
 
     Args:
         seed: of the run.
         global_batch_size: samples of a step, over which ``stratify: batch`` spreads the noise levels.
+        row_multiple: see :func:`row_multiple`.
     """
     return NoiseSpec(
         mask_token_id=objective.mask_token_id,
@@ -70,6 +77,7 @@ def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int)
         noisy_fraction=objective.noisy_fraction,
         half_life_ratio=objective.half_life_ratio,
         global_batch_size=global_batch_size,
+        row_multiple=row_multiple,
     )
 
 
@@ -109,22 +117,30 @@ def lay_out(sample: LoaderBatch, block_size: int) -> JointBatch:
     )
 
 
-def forward_step(
-    data: Iterator[LoaderBatch],
-    model: DistributedDataParallel,
+def micro_batches(
+    data: Iterable[LoaderBatch],
     *,
     objective: ObjectiveConfig,
     weights: LossWeights,
     device: torch.device,
-) -> tuple[Any, partial[tuple[Tensor, Tensor, LossTerms]]]:
-    """One micro-batch: read it, lay it out, run the model; what the schedule calls."""
-    batch = lay_out(next(data), objective.block_size)
-    normalization = objective.normalization.value
-    # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
+    row_multiple: int,
+) -> Iterator[tuple[JointBatch, WeightedRows]]:
+    """This context-parallel rank's rows of each micro-batch, laid out on the device, and those that enter the loss."""
     shard = Shard(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-    batch, of_rows = shard_batch(batch, row_weights(batch, normalization, weights.diffusion, weights.ar), shard)
-    selected = select_weighted_rows(batch, of_rows).to(device)
-    batch = batch.to(device)
+    for sample in data:
+        batch = lay_out(sample, objective.block_size)
+        # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
+        of_rows = row_weights(batch, objective.normalization.value, weights.diffusion, weights.ar)
+        batch, of_rows = shard_batch(batch, of_rows, shard, row_multiple)
+        selected = select_weighted_rows(batch, of_rows).to(device)
+        yield batch.to(device), selected
+
+
+def forward_step(
+    data: Iterator[tuple[JointBatch, WeightedRows]], model: DistributedDataParallel, *, normalization: str
+) -> tuple[Any, partial[tuple[Tensor, Tensor, LossTerms]]]:
+    """One micro-batch through one model chunk; what the schedule calls."""
+    batch, selected = next(data)
     output = model(batch.tokens, batch.layout, selected)
     return output, partial(_loss_function, batch, selected, normalization)
 
@@ -148,7 +164,7 @@ def reduce_terms(terms: LossTerms) -> LossTerms:
 
 def run_microbatches(
     data: Iterator[LoaderBatch],
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     shape: StepShape,
     *,
     objective: ObjectiveConfig,
@@ -158,23 +174,30 @@ def run_microbatches(
 ) -> LossTerms:
     """Forward (and backward) of one global batch through Megatron's schedule.
 
+    Args:
+        data: this rank's micro-batches, of which ``shape.num_microbatches`` are taken.
+        chunks: this pipeline rank's model chunks. All of them get the same micro-batches in the same order, laid out
+            once.
+
     After it returns, ``main_grad`` holds d(sum of losses)/d(parameter) divided once by the global number of tokens.
 
     Returns:
         the sums over this rank's micro-batches (zero but on the last pipeline stage); :func:`reduce_terms` adds up the
         ranks, where somebody wants to read them.
     """
-    config = get_model_config(model)
+    config = get_model_config(chunks[0])
     config.variable_seq_lengths = shape.num_rows is None
+    taken = micro_batches(
+        islice(data, shape.num_microbatches),
+        objective=objective,
+        weights=weights,
+        device=device,
+        row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+    )
     collected: list[LossTerms] = get_forward_backward_func()(
-        forward_step_func=partial(
-            forward_step,
-            objective=objective,
-            weights=weights,
-            device=device,
-        ),
-        data_iterator=data,
-        model=model,
+        forward_step_func=partial(forward_step, normalization=objective.normalization.value),
+        data_iterator=list(tee(taken, len(chunks))),
+        model=list(chunks),
         num_microbatches=shape.num_microbatches,
         seq_length=shape.num_rows or 0,  # not read where lengths vary
         micro_batch_size=shape.micro_batch_size,

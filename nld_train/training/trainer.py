@@ -28,7 +28,7 @@ from nld_train.training.metrics import StepClock, step_record, validation_record
 from nld_train.training.optimizer import gradient_norm, reset_moments, set_hyperparameters, step_with_norm
 from nld_train.training.schedule import learning_rate
 from nld_train.training.stages import Stage, tokens_at
-from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, row_multiple, run_microbatches
 
 VALIDATION_SEED = 0x76616C  # validation noise is the same in every run, stage and step
 
@@ -52,7 +52,8 @@ class Trainer:
         topology: this process's place.
         device: where the model lives.
         stages: the run's stages.
-        model: Megatron's data-parallel wrapper of this rank's part of the model.
+        chunks: this rank's part of the model, in Megatron's data-parallel wrapper: one chunk, or several with
+            interleaved pipeline stages.
         optimizer: Megatron's distributed optimizer.
         sources: training samples of each stage, by its name.
         validation: held-out samples of the run's corpora.
@@ -68,7 +69,7 @@ class Trainer:
     topology: Topology
     device: torch.device
     stages: Sequence[Stage]
-    model: DistributedDataParallel
+    chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     sources: Mapping[str, SampleSource]
     validation: SizedSource
@@ -124,7 +125,12 @@ class Trainer:
         )
 
     def _noise(self, stage: Stage) -> NoiseSpec:
-        return noise_spec(self.config.objective, seed=self.config.run.seed, global_batch_size=stage.global_batch_size)
+        return noise_spec(
+            self.config.objective,
+            seed=self.config.run.seed,
+            global_batch_size=stage.global_batch_size,
+            row_multiple=row_multiple(self.config.parallel),
+        )
 
     def _shape(self, stage: Stage) -> StepShape:
         """What a step of the stage is cut into; the rows of a micro-batch where all have as many."""
@@ -164,10 +170,11 @@ class Trainer:
 
     def _accumulate(self, data: Iterator[LoaderBatch], shape: StepShape, weights: LossWeights) -> LossTerms:
         """Gradients of one global batch, from zero."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return run_microbatches(
-            data, self.model, shape, objective=self.config.objective, weights=weights, device=self.device
+            data, self.chunks, shape, objective=self.config.objective, weights=weights, device=self.device
         )
 
     def _record(self, stage: Stage, step: int, result: "_StepResult") -> dict[str, Any]:
@@ -217,9 +224,11 @@ class Trainer:
         """AR and diffusion loss of all samples. The noise is the estimator with the least variance of those that
         estimate the recipe's loss, whatever the training objective is: curves of all runs can be compared."""
         share = len(samples) // self.topology.data_parallel_size
-        # The largest size up to training's that cuts this rank's share evenly.
+        # The largest size up to training's that cuts this rank's share evenly, with interleaved pipeline stages into
+        # whole rounds of the pipeline.
+        unit = self.topology.pipeline_size if len(self.chunks) > 1 else 1
         sizes = range(1, self.config.train.micro_batch_size + 1)
-        micro_batch_size = max(size for size in sizes if share % size == 0)
+        micro_batch_size = max(size for size in sizes if share % (size * unit) == 0)
         objective = self.config.objective
         loader = TrainLoader(
             samples,
@@ -238,12 +247,14 @@ class Trainer:
                 ),
                 seed=VALIDATION_SEED,
                 global_batch_size=len(samples),
+                row_multiple=row_multiple(self.config.parallel),
             ),
         )
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         terms = run_microbatches(
             iter(loader),
-            self.model,
+            self.chunks,
             StepShape(
                 num_microbatches=loader.num_micro_batches,
                 micro_batch_size=micro_batch_size,
@@ -254,7 +265,8 @@ class Trainer:
             device=self.device,
             forward_only=True,
         )
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         values = means(reduce_terms(terms), diffusion_loss_weight=1.0)
         return {"ar_loss": values["ar_loss"], "diffusion_loss": values["diffusion_loss"]}
 
@@ -277,7 +289,7 @@ class Trainer:
             tokens=stage.tokens_at(step),
             stage=stage.name,
             samples=stage.consumed_samples(step) + stage.global_batch_size,
-            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            dtype=str(next(self.chunks[0].parameters()).dtype).removeprefix("torch."),
             model=self.config.model,
             parallel={
                 "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -291,6 +303,6 @@ class Trainer:
             blends={name: dict(blend) for name, blend in self.blends.items()},
             chat_hashes=dict(self.chat_hashes),
         )
-        folder = self.manager.save(self.model, self.optimizer, info)
+        folder = self.manager.save(self.chunks, self.optimizer, info)
         self.callbacks.on_checkpoint(step, folder)
         return folder

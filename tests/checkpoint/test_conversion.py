@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from nld_train.errors import CheckpointError, ConfigError
 from nld_train.model.build import build_model
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
-from nld_train.testing.ranks import RankPool
+from nld_train.testing.ranks import RankPool, RankProcesses
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
 from nld_train.training.run import connect, wrap_data_parallel
 from nld_train.training.step import LossWeights, StepShape, reduce_terms, run_microbatches
@@ -252,18 +251,18 @@ def load_whole(
     samples = torch.randint(4, 96, (4, 33), generator=torch.Generator().manual_seed(11))
     case = StepCase(samples=samples, model=MODEL_TP, dtype=torch.float32)
     model = build_model(MODEL_TP, parallel, dtype=torch.float32, device=platform.device, seed=99)
-    wrapped = wrap_data_parallel(model, overlap=False)
-    connect(model, wrapped, None)
-    CheckpointManager(Path(checkpoint).parent, CheckpointConfig()).load(Path(checkpoint), wrapped, None)
+    wrapped = wrap_data_parallel(model)
+    connect([wrapped], None)
+    CheckpointManager(Path(checkpoint).parent, CheckpointConfig()).load(Path(checkpoint), [wrapped], None)
     terms = run_microbatches(
         iter(loader_batches(case, topology)),
-        wrapped,
+        [wrapped],
         StepShape(num_microbatches=4 // topology.data_parallel_size, micro_batch_size=1, num_rows=64),
         objective=case.objective,
         weights=LossWeights(diffusion=case.diffusion_loss_weight),
         device=platform.device,
     )
-    parameters = whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+    parameters = whole_tensors([model], lambda p: p.detach())
     return parameters, reduce_terms(terms).to_vector()
 
 
@@ -276,15 +275,15 @@ MODEL_TP = tiny_model(hidden_size=50, ffn_hidden_size=70)
     ids=["tp2", "pp2", "tp2 x pp2"],
 )
 def test_an_import_loads_and_starts_from_the_same_loss_at_every_layout(
-    one_rank: RankPool, two_ranks: RankPool, tmp_path: Path, tensor: int, pipeline: int
+    one_rank: RankPool, rank_processes: RankProcesses, tmp_path: Path, tensor: int, pipeline: int
 ) -> None:
     source = Folder(model=MODEL_TP, dtype=torch.float32)
     checkpoint = import_checkpoint(source.write(tmp_path / "in"), tmp_path / "out")
     parameters, expected = one_rank.run(load_whole, ParallelConfig(), str(checkpoint))
     same(parameters, stored(checkpoint))
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    with RankPool(4) if tensor * pipeline == 4 else nullcontext(two_ranks) as pool:
-        parameters, terms = pool.run(load_whole, parallel, str(checkpoint), parallel=parallel)
+    pool = RankPool(tensor * pipeline, rank_processes)
+    parameters, terms = pool.run(load_whole, parallel, str(checkpoint), parallel=parallel)
     same(parameters, stored(checkpoint))
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
 

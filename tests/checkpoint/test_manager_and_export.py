@@ -21,7 +21,7 @@ from nld_train.checkpoint.manager import (
 from nld_train.checkpoint.weight_map import MINISTRAL3_FORM, NLD_FORM, weight_rules
 from nld_train.config.schema import CheckpointConfig, ModelConfig, ParallelConfig
 from nld_train.errors import CheckpointError, ConfigError
-from nld_train.model.build import build_model
+from nld_train.model.build import build_chunks, build_model
 from nld_train.objective.sequence import SequenceLayout
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
@@ -29,8 +29,8 @@ from nld_train.testing.ranks import RankPool
 from nld_train.testing.reference import transformers_model
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
-from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, run_microbatches
+from nld_train.training.run import connect, overlap, wrap_data_parallel
+from nld_train.training.step import LossWeights, StepShape, reduce_terms, run_microbatches
 
 LENGTH = 32
 
@@ -63,24 +63,25 @@ def train_case(
     load_step: int,
     num_steps: int,
     save: bool,
-    overlap: bool = False,
 ) -> dict[str, Tensor]:
-    """Load step ``load_step`` (0: fresh), train ``num_steps``, save if asked; returns the whole parameters."""
-    case = a_step(StepCase(samples=torch.empty(0), dtype=torch.float32))
-    model = build_model(case.model, parallel, dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, overlap=overlap)
-    optimizer = build_optimizer(case.optim, [wrapped], torch.float32)
-    connect(model, wrapped, optimizer)
+    """Load step ``load_step`` (0: fresh), train ``num_steps``, save if asked; returns the whole parameters, and the sum
+    of the losses of the last step."""
+    case = a_step(StepCase(samples=torch.empty(0), model=tiny_model(num_layers=4), dtype=torch.float32))
+    models = build_chunks(case.model, parallel, dtype=torch.float32, device=platform.device, seed=1)
+    chunks = [wrap_data_parallel(model, **overlap(parallel, platform)) for model in models]
+    optimizer = build_optimizer(case.optim, chunks, torch.float32)
+    connect(chunks, optimizer)
     manager = CheckpointManager(Path(directory), CheckpointConfig(keep_last=2))
     if load_step:
         folder = manager.latest()
         assert folder is not None
-        assert manager.load(folder, wrapped, optimizer).step == load_step
+        assert manager.load(folder, chunks, optimizer).step == load_step
     for _ in range(num_steps):
-        wrapped.zero_grad_buffer()
-        run_microbatches(
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        terms = run_microbatches(
             iter(loader_batches(case, topology)),
-            wrapped,
+            chunks,
             StepShape(num_microbatches=4 // topology.data_parallel_size, micro_batch_size=1, num_rows=2 * LENGTH),
             objective=case.objective,
             weights=LossWeights(diffusion=0.3),
@@ -89,14 +90,15 @@ def train_case(
         set_hyperparameters(optimizer, case.optim, 1e-3)
         optimizer.step()
     if save:
-        manager.save(wrapped, optimizer, info_of(load_step + num_steps, case.model))
-    return whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+        manager.save(chunks, optimizer, info_of(load_step + num_steps, case.model))
+    return whole_tensors(models, lambda p: p.detach()) | {"loss": reduce_terms(terms).loss_sum}
 
 
 LAYOUTS = {
     "dp2": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "pp2 x 2 virtual": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
 
 
@@ -109,9 +111,36 @@ def test_resume_at_another_layout(one_rank: RankPool, two_ranks: RankPool, tmp_p
     found = two_ranks.run(train_case, there, str(tmp_path / "a"), 2, 2, False, parallel=there)
     two_ranks.run(train_case, there, str(tmp_path / "b"), 0, 2, True, parallel=there)
     back = one_rank.run(train_case, ParallelConfig(), str(tmp_path / "b"), 2, 2, False)
-    for name, expected in four.items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-        torch.testing.assert_close(back[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    same_training(found, four)
+    same_training(back, four)
+
+
+def same_training(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The last step's loss and the parameters after it."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_four_ranks_pass_a_run_on_from_layout_to_layout(
+    one_rank: RankPool, four_ranks: RankPool, tmp_path: Path
+) -> None:
+    """A step each at layouts with nothing in common, model chunks included, equals the steps of one process."""
+    tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    pipeline = {"pipeline_model_parallel_size": 2}
+    layouts = [
+        ParallelConfig(**tensor, **pipeline),  # type: ignore[arg-type]
+        ParallelConfig(),
+        ParallelConfig(**pipeline, virtual_pipeline_model_parallel_size=2),
+        ParallelConfig(**pipeline, num_layers_in_last_pipeline_stage=1),
+        ParallelConfig(**tensor, **pipeline, virtual_pipeline_model_parallel_size=2),  # type: ignore[arg-type]
+    ]
+    one_rank.run(train_case, ParallelConfig(), str(tmp_path / "one"), 0, 1, True)
+    for step, parallel in enumerate(layouts):
+        found = four_ranks.run(train_case, parallel, str(tmp_path / "four"), step, 1, True, parallel=parallel)
+        if step:
+            expected = one_rank.run(train_case, ParallelConfig(), str(tmp_path / "one"), step, 1, True)
+            same_training(found, expected)
 
 
 def test_a_checkpoint_holds_the_weights_after_the_step_when_gathering_is_overlapped(
@@ -119,9 +148,10 @@ def test_a_checkpoint_holds_the_weights_after_the_step_when_gathering_is_overlap
 ) -> None:
     """As on GPUs: a rank's weights are stale between the step and the next forward pass, a checkpoint's are not."""
     tensors = []
-    for overlap in (False, True):
-        directory = tmp_path / str(overlap)
-        two_ranks.run(train_case, ParallelConfig(), str(directory), 0, 2, True, overlap)
+    for overlaps in (False, True):
+        directory = tmp_path / str(overlaps)
+        parallel = ParallelConfig(overlap_grad_reduce=overlaps, overlap_param_gather=overlaps)
+        two_ranks.run(train_case, parallel, str(directory), 0, 2, True)
         checkpoint = latest_checkpoint(directory)
         assert checkpoint is not None
         tensors.append(load_file(export_checkpoint(checkpoint, directory / "hf") / "model.safetensors"))
@@ -154,9 +184,9 @@ def load_other_model(topology: Topology, platform: Platform, folder: str) -> str
     model = build_model(
         tiny_model(hidden_size=64), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1
     )
-    wrapped = wrap_data_parallel(model, overlap=False)
+    wrapped = wrap_data_parallel(model)
     try:
-        CheckpointManager(Path(folder).parent, CheckpointConfig()).load(Path(folder), wrapped, None)
+        CheckpointManager(Path(folder).parent, CheckpointConfig()).load(Path(folder), [wrapped], None)
     except CheckpointError as error:
         return f"CheckpointError {error}"
     return "loaded"
@@ -186,8 +216,8 @@ def clean_logits(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of the clean tokens after loading a Hugging Face folder (one pipeline stage), and the whole parameters."""
     model = build_model(config, parallel, dtype=torch.float32, device=platform.device, seed=99)
-    load_hf_weights(model, config, Path(folder))
-    whole = whole_tensors(model, {name: p.detach() for name, p in model.named_parameters()})
+    load_hf_weights([model], config, Path(folder))
+    whole = whole_tensors([model], lambda p: p.detach())
     if not topology.is_last_pipeline_stage or not topology.is_first_pipeline_stage:
         return torch.empty(0), whole
     with torch.no_grad():
@@ -225,8 +255,8 @@ def save_and_logits(
 ) -> Tensor:
     config = tiny_model()
     model = build_model(config, parallel, dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, overlap=False)
-    CheckpointManager(Path(directory), CheckpointConfig()).save(wrapped, None, info_of(1, config))
+    wrapped = wrap_data_parallel(model)
+    CheckpointManager(Path(directory), CheckpointConfig()).save([wrapped], None, info_of(1, config))
     if topology.pipeline_size > 1:
         return torch.empty(0)
     with torch.no_grad():
@@ -375,7 +405,7 @@ def init_other_shape(topology: Topology, platform: Platform, folder: str) -> str
     config = tiny_model(num_key_value_heads=4, ffn_hidden_size=64)
     model = build_model(config, ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
     try:
-        load_hf_weights(model, config, Path(folder))
+        load_hf_weights([model], config, Path(folder))
     except ConfigError as error:
         return str(error)
     return "loaded"

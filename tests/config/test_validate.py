@@ -160,6 +160,14 @@ BATCH_OF_3 = (
 )  # for three data-parallel ranks
 
 
+SP = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+PP2 = ("parallel.pipeline_model_parallel_size=2",)
+PP4 = ("parallel.pipeline_model_parallel_size=4", "train.micro_batch_size=1")
+FIRST = "parallel.num_layers_in_first_pipeline_stage"
+LAST = "parallel.num_layers_in_last_pipeline_stage"
+VIRTUAL = "parallel.virtual_pipeline_model_parallel_size"
+
+
 def remedied(overrides: list[str], key: str, world_size: int) -> None:
     """Doing what the remedy at ``key`` says makes the problem go away."""
     with pytest.raises(ConfigError) as caught:
@@ -194,6 +202,49 @@ def remedied(overrides: list[str], key: str, world_size: int) -> None:
             ["parallel.context_parallel_size=8", "objective.block_size=64", "train.micro_batch_size=1"],
             "parallel.context_parallel_size",
             8,
+        ),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", 1),
+        ([*SP, "data.sequence_length=255", "objective.block_size=15"], "data.sequence_length", 2),
+        ([*SP, "data.sequence_length=33", "data.document_mask=boundary"], "data.sequence_length", 2),
+        ([*PP2, "parallel.virtual_pipeline_model_parallel_size=1"], VIRTUAL, 2),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], VIRTUAL, 1),
+        ([*PP2, "parallel.virtual_pipeline_model_parallel_size=3"], VIRTUAL, 2),
+        ([*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=6"], VIRTUAL, 2),
+        ([*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "model.num_layers=2"], VIRTUAL, 2),
+        (
+            [
+                *("parallel.pipeline_model_parallel_size=3", "parallel.virtual_pipeline_model_parallel_size=2"),
+                *("model.num_layers=8", "train.micro_batch_size=1", *BATCH_OF_3),
+            ],
+            "parallel.pipeline_model_parallel_size",
+            12,
+        ),
+        ([f"{FIRST}=1"], FIRST, 1),
+        ([*PP2, f"{FIRST}=4"], FIRST, 2),
+        ([*PP2, f"{LAST}=0"], LAST, 2),
+        ([*PP2, f"{FIRST}=3", f"{LAST}=3"], FIRST, 2),
+        ([*PP2, f"{FIRST}=1", "parallel.virtual_pipeline_model_parallel_size=2"], FIRST, 2),
+        ([*PP4, f"{FIRST}=3"], FIRST, 4),
+        ([*PP4, "train.micro_batch_size=4", "train.global_batch_size=8"], "train.global_batch_size", 4),
+        (
+            [
+                *PP2,
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "train.micro_batch_size=2",
+                "train.global_batch_size=6",
+            ],
+            "train.global_batch_size",
+            2,
+        ),
+        (
+            [*PP2, "parallel.virtual_pipeline_model_parallel_size=2", "train.validation_samples=31"],
+            "train.validation_samples",
+            2,
+        ),
+        (
+            ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"],
+            "parallel.overlap_param_gather",
+            1,
         ),
         (["train.validation_samples=7"], "train.validation_samples", 2),
         (["optim.beta2=1"], "optim.beta2", 1),
@@ -254,7 +305,7 @@ def test_ranks(tiny: Config):
     problem = at(validate(tensor, world_size=1), "parallel.tensor_model_parallel_size")
     assert "torchrun --nproc-per-node 2 train.py" in problem.remedy
     assert validate(tensor, world_size=3)[0].message.endswith("does not divide the 3 ranks that are launched")
-    both = changed(tensor, parallel__pipeline_model_parallel_size=4)
+    both = changed(tensor, parallel__pipeline_model_parallel_size=4, train__micro_batch_size=2)
     problem = at(validate(both, world_size=1), "parallel.pipeline_model_parallel_size")
     assert "torchrun --nproc-per-node 8 train.py" in problem.remedy
     assert validate(both, world_size=8) == []
@@ -267,6 +318,29 @@ def test_the_launch_line_counts_with_the_sizes_that_work(tiny: Config):
     assert [problem.location for problem in problems] == ["parallel.tensor_model_parallel_size"] * 2
     assert "parallel.tensor_model_parallel_size=2" in problems[0].remedy
     assert "torchrun --nproc-per-node 2 train.py" in problems[1].remedy
+
+
+def test_every_stage_of_a_pipeline_gets_micro_batches(tiny: Config):
+    config = changed(tiny, parallel__pipeline_model_parallel_size=4, train__micro_batch_size=2)
+    assert validate(config, world_size=4) == []
+    problem = at(validate(config, world_size=8), "train.global_batch_size")
+    assert "2 micro-batches of train.micro_batch_size=2 on each of 2 data-parallel ranks" in problem.message
+    assert problem.remedy == "use train.global_batch_size=16, or train.micro_batch_size=1"
+
+
+def test_interleaved_stages_of_uneven_ranks(tiny: Config):
+    config = changed(
+        tiny,
+        model__num_layers=14,
+        parallel__pipeline_model_parallel_size=4,
+        parallel__virtual_pipeline_model_parallel_size=2,
+        parallel__num_layers_in_first_pipeline_stage=2,
+        train__micro_batch_size=2,
+    )
+    assert validate(config, world_size=4) == []  # 2 + 4 + 4 + 4
+    config = changed(config, model__num_layers=12)
+    problem = at(validate(config, world_size=4), "parallel.num_layers_in_first_pipeline_stage")
+    assert problem.remedy == "use parallel.num_layers_in_first_pipeline_stage=6"
 
 
 def test_data_parallel_ranks_share_the_global_batch(tiny: Config):

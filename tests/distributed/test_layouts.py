@@ -1,5 +1,7 @@
 """Every parallel layout equals one process: loss sums, gradients, and parameters after optimizer steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,9 +43,11 @@ def test_gradients_equal_one_process(one_rank: RankPool, two_ranks: RankPool, la
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_overlapped_communication_changes_nothing(two_ranks: RankPool, layout: str) -> None:
     """The settings of GPUs: gradients reduced during the backward pass, weights gathered during the next forward."""
-    parallel = LAYOUTS[layout]
-    cases = [step_case(dtype=torch.float32, num_optimizer_steps=3, overlap=overlap) for overlap in (False, True)]
-    expected, found = (two_ranks.run(run_step, case, parallel, parallel=parallel) for case in cases)
+    case = step_case(dtype=torch.float32, num_optimizer_steps=3)
+    layouts = [
+        replace(LAYOUTS[layout], overlap_grad_reduce=overlap, overlap_param_gather=overlap) for overlap in (False, True)
+    ]
+    expected, found = (two_ranks.run(run_step, case, parallel, parallel=parallel) for parallel in layouts)
     for name, parameter in expected.parameters.items():
         assert torch.equal(found.parameters[name], parameter), name
 

@@ -113,8 +113,8 @@ def info_of(model: ModelConfig) -> CheckpointInfo:
 def save(topology: Topology, platform: Platform, directory: str) -> None:
     config = tiny_model()
     model = build_model(config, ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, overlap=False)
-    CheckpointManager(Path(directory), CheckpointConfig()).save(wrapped, None, info_of(config))
+    wrapped = wrap_data_parallel(model)
+    CheckpointManager(Path(directory), CheckpointConfig()).save([wrapped], None, info_of(config))
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
-from nld_train.config.schema import ParallelConfig
+from nld_train.config.schema import ParallelConfig, Recompute
 from nld_train.model.build import NLDModel, build_model
 from nld_train.model.head import WeightedRows, gather_rows, select_weighted_rows
 from nld_train.model.layer_spec import DecoderRows
@@ -20,6 +22,7 @@ from nld_train.testing.steps import tiny_model, whole_tensors
 from nld_train.training.run import wrap_data_parallel
 
 LENGTH, BLOCK = 16, 4
+SEEDS = (1, 5)  # 26 and 35 rows of the loss
 
 
 def micro_batch(seed: int) -> tuple[JointBatch, WeightedRows]:
@@ -45,25 +48,25 @@ def run_unpruned(model: NLDModel, batch: JointBatch, selected: WeightedRows) -> 
     return model.output_layer(gather_rows(hidden, selected.rows), selected)
 
 
-def set_recompute(model: NLDModel, recompute: str) -> None:
-    if recompute == "full":
-        model.config.recompute_granularity = "full"
-        model.config.recompute_method = "uniform"
-        model.config.recompute_num_layers = 1
-    for layer in model.decoder.layers:
-        layer.self_attention.checkpoint_core_attention = recompute == "core_attn"
-
-
-def joint_step(topology: Topology, platform: Platform, prunes: bool, recompute: str) -> dict[str, Tensor]:
-    """Losses and gradients of two micro-batches in a pipeline's order, and the rows that the last MLP saw."""
-    model = small_model(platform, ParallelConfig(tensor_model_parallel_size=topology.tensor_parallel_size))
-    set_recompute(model, recompute)
+def joint_step(topology: Topology, platform: Platform, prunes: bool, parallel: ParallelConfig) -> dict[str, Tensor]:
+    """Losses and gradients of two micro-batches in a pipeline's order, the rows that the last MLP saw, and how often
+    its attention core and its norm ran."""
+    model = small_model(platform, parallel)
     mlp_rows: list[int] = []
+    calls = {"core": 0, "norm": 0}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    last = model.decoder.layers[-1]
+    last.self_attention.core_attention.register_forward_pre_hook(lambda *_: count("core"))
+    normalize = last.pre_mlp_layernorm._normalize
+    last.pre_mlp_layernorm._normalize = lambda hidden: (count("norm"), normalize(hidden))[1]
     model.decoder.layers[-1].mlp.register_forward_pre_hook(
         lambda _, inputs: mlp_rows.append(inputs[0].shape[:2].numel())
     )
     results = []
-    for seed in (1, 2):
+    for seed in SEEDS:
         batch, selected = micro_batch(seed)
         results.append(model(batch.tokens, batch.layout, selected) if prunes else run_unpruned(model, batch, selected))
     for loss, _, _ in results:  # both forwards first: what is recomputed must be its own micro-batch
@@ -71,35 +74,76 @@ def joint_step(topology: Topology, platform: Platform, prunes: bool, recompute: 
     found = {f"loss {i}": loss.detach() for i, (loss, _, _) in enumerate(results)}
     found |= {f"row losses {i}": losses for i, (_, losses, _) in enumerate(results)}
     found |= {f"is_correct {i}": is_correct for i, (_, _, is_correct) in enumerate(results)}
-    found |= whole_tensors(model, {name: p.grad for name, p in model.named_parameters()})
-    return found | {"mlp rows": torch.tensor(mlp_rows)}
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):  # each rank has the gradient from its own rows
+            dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+    found |= whole_tensors([model], lambda p: p.grad)
+    return found | {"mlp rows": torch.tensor(mlp_rows), "calls": torch.tensor(list(calls.values()))}
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
-def test_pruned_equals_unpruned(one_rank: RankPool, recompute: str) -> None:
-    expected = one_rank.run(joint_step, False, "none")
-    found = one_rank.run(joint_step, True, recompute)
-    counts = [len(micro_batch(seed)[1].rows) for seed in (1, 2)]
+CALLS = {Recompute.none: [2, 2], Recompute.selective: [4, 4], Recompute.full: [4, 4]}  # of two micro-batches
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_pruned_equals_unpruned(one_rank: RankPool, recompute: Recompute) -> None:
+    expected = one_rank.run(joint_step, False, ParallelConfig())
+    found = one_rank.run(joint_step, True, ParallelConfig(recompute_granularity=recompute))
+    counts = [len(micro_batch(seed)[1].rows) for seed in SEEDS]
     assert counts[0] != counts[1]
     assert expected.pop("mlp rows").tolist() == [2 * 2 * LENGTH] * 2
-    assert found.pop("mlp rows").tolist() == counts * (2 if recompute == "full" else 1)
+    assert expected.pop("calls").tolist() == CALLS[Recompute.none]
+    assert found.pop("mlp rows").tolist() == counts * (2 if recompute is Recompute.full else 1)
+    assert found.pop("calls").tolist() == CALLS[recompute]
+    same(found, expected)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(found) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_two_tensor_parallel_ranks_prune_alike(one_rank: RankPool, two_ranks: RankPool, recompute: str) -> None:
-    expected = one_rank.run(joint_step, True, "none")
-    tensor_parallel = ParallelConfig(tensor_model_parallel_size=2)
-    found = two_ranks.run(joint_step, True, recompute, parallel=tensor_parallel)
-    expected.pop("mlp rows"), found.pop("mlp rows")
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_two_tensor_parallel_ranks_prune_alike(
+    one_rank: RankPool, two_ranks: RankPool, recompute: Recompute, sequence_parallel: bool
+) -> None:
+    """With sequence parallelism each with half of the selected rows, one of them padded."""
+    expected = one_rank.run(joint_step, True, ParallelConfig())
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=sequence_parallel, recompute_granularity=recompute
+    )
+    found = two_ranks.run(joint_step, True, parallel, parallel=parallel)
+    counts = expected.pop("mlp rows").tolist()
+    assert any(count % 2 for count in counts)
+    here = [-(-count // 2) for count in counts] if sequence_parallel else counts
+    assert found.pop("mlp rows").tolist() == here * (2 if recompute is Recompute.full else 1)
+    expected.pop("calls"), found.pop("calls")
+    same(found, expected)
+
+
+def no_row_with_weight(topology: Topology, platform: Platform, parallel: ParallelConfig) -> None:
+    model = small_model(platform, parallel)
+    batch, selected = micro_batch(1)
+    logits = model(batch.tokens, batch.layout)
+    assert logits.shape == (2, 2 * LENGTH, tiny_model().vocab_size)
+    _, row_losses, _ = model(batch.tokens, batch.layout, selected)
+    of_rows = logits.transpose(0, 1).flatten(0, 1)[selected.rows]
+    expected = torch.nn.functional.cross_entropy(of_rows, selected.targets, reduction="none")
+    torch.testing.assert_close(row_losses, expected)
+    nothing = replace(selected, rows=selected.rows[:0], targets=selected.targets[:0], weights=selected.weights[:0])
+    loss, row_losses, _ = model(batch.tokens, batch.layout, nothing)
+    loss.backward()
+    assert loss == 0
+    assert row_losses.shape == (0,)
+    assert all(parameter.grad is not None and parameter.grad.eq(0).all() for parameter in model.parameters())
+
+
+def test_sequence_parallel_logits_and_micro_batches_without_weight(two_ranks: RankPool) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    two_ranks.run(no_row_with_weight, parallel, parallel=parallel)
 
 
 def other_calls(topology: Topology, platform: Platform) -> None:
@@ -145,9 +189,9 @@ def through_data_parallelism(topology: Topology, platform: Platform, overlap: bo
     """The head's gradient over two micro-batches: as a plain module, and in Megatron's buffer."""
     plain = small_model(platform, ParallelConfig())
     model = small_model(platform, ParallelConfig())
-    wrapped = wrap_data_parallel(model, overlap=overlap, use_distributed_optimizer=False)
+    wrapped = wrap_data_parallel(model, overlap_grad_reduce=overlap, use_distributed_optimizer=False)
     wrapped.zero_grad_buffer()
-    for seed in (1, 2):
+    for seed in SEEDS:
         batch, selected = micro_batch(seed)
         plain(batch.tokens, batch.layout, selected)[0].backward()
         loss = wrapped(batch.tokens, batch.layout, selected)[0]

@@ -92,7 +92,7 @@ def clean_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, L, V] of the clean half after ``load_hf_weights``: beside the noisy half, and alone."""
     model = build_model(config, ParallelConfig(), dtype=dtype, device=platform.device, seed=99)
-    load_hf_weights(model, config, Path(folder))
+    load_hf_weights([model], config, Path(folder))
     clean = rows[:, LENGTH:]
     with torch.no_grad():
         joint = model(rows, SequenceLayout(LENGTH, BLOCK, has_noisy_half=True))[:, LENGTH:].contiguous()

@@ -1,13 +1,14 @@
 """The recipe's noise: a pure function of (seed, stream position) with the published distribution."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import nld_train.objective.noise as noise_module
-from nld_train.objective.noise import NoiseSpec, corrupt, uniforms
+from nld_train.objective.noise import NoiseSpec, corrupt, num_noisy_rows, uniforms
 
 SPEC = NoiseSpec(mask_token_id=100, eps=1e-3, seed=1234, block_size=8)
 
@@ -107,3 +108,17 @@ def test_distribution_of_the_recipe():
     assert abs(deviations.var() - 1) < 4 * math.sqrt(2 / len(deviations))
     standard_error = (weights.mean(1).std() / math.sqrt(num_sequences)).item()
     assert abs(weights.mean() - 1) < 4 * standard_error
+
+
+def test_rows_are_padded_to_a_multiple() -> None:
+    """Of 11 noisy blocks of 3 tokens, to what four tensor-parallel ranks share equally; nothing else changes."""
+    tokens = torch.arange(66).expand(2, -1) + 1000
+    spec = NoiseSpec(mask_token_id=100, eps=1e-3, seed=5, block_size=3, noisy_fraction=0.5)
+    plain, padded = (corrupt(tokens, torch.arange(2), replace(spec, row_multiple=m)) for m in (1, 4))
+    assert plain.places.shape == (2, 33)
+    assert padded.places.shape == (2, 36)
+    assert num_noisy_rows(replace(spec, row_multiple=4), 66, has_documents=False, has_gaps=False) == 36
+    for name in ("noisy_tokens", "places", "blocks", "weights"):
+        assert torch.equal(getattr(padded, name)[:, :33], getattr(plain, name)), name
+    assert padded.places[:, 33:].eq(-1).all()
+    assert padded.weights[:, 33:].eq(0).all()

@@ -39,10 +39,10 @@ def decay_case(topology: Topology, platform: Platform) -> dict[str, float]:
     from nld_train.training.run import connect, wrap_data_parallel
 
     model = build_model(tiny_model(), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, overlap=False)
+    wrapped = wrap_data_parallel(model)
     optim = OptimConfig(weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-3, clip_grad=0)
     optimizer = build_optimizer(OptimConfig(clip_grad=0), [wrapped], torch.float32)
-    connect(model, wrapped, optimizer)
+    connect([wrapped], optimizer)
     wrapped.zero_grad_buffer()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_hyperparameters(optimizer, optim, lr=0.1)
@@ -72,9 +72,9 @@ def reset_case(topology: Topology, platform: Platform) -> tuple[list[float], lis
     from nld_train.training.run import connect, wrap_data_parallel
 
     model = build_model(tiny_model(), ParallelConfig(), dtype=torch.float32, device=platform.device, seed=1)
-    wrapped = wrap_data_parallel(model, overlap=False)
+    wrapped = wrap_data_parallel(model)
     optimizer = build_optimizer(OptimConfig(), [wrapped], torch.float32)
-    connect(model, wrapped, optimizer)
+    connect([wrapped], optimizer)
     wrapped.zero_grad_buffer()
     for parameter in model.parameters():
         parameter.main_grad.fill_(0.1)  # type: ignore[attr-defined]
