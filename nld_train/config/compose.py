@@ -56,6 +56,15 @@ class Source:
 # For tests and scripts -----------------------------------------------------------------------------------------------
 
 
+def compose_unlaunched(overrides: Sequence[str], *, source: Source | None = None) -> Config:
+    """As :func:`compose`, but nothing of a launch is checked (ranks, files), and folders need not be named yet."""
+    config = _compose_checked(overrides, source or Source(), world_size=None, partial=True)
+    if config is None:
+        missing = Problem("configuration", "a number is missing", "give it; `python train.py --help` lists every key")
+        raise ConfigError([missing])
+    return config
+
+
 def compose(overrides: Sequence[str], *, world_size: int | None = None, source: Source | None = None) -> Config:
     """Compose, type and validate a configuration, as ``python train.py OVERRIDES`` does.
 
@@ -280,7 +289,7 @@ def _run_job(composed: DictConfig, source: Source) -> list[str]:
 def _compose_checked(
     overrides: Sequence[str], source: Source, world_size: int | None, *, partial: bool, rules: bool = True
 ) -> Config | None:
-    """Compose and check; the configuration, or None where it is partial and values are missing.
+    """Compose and check; the configuration, or None where numbers are missing in a partial one.
 
     Args:
         partial: values may be missing, and nothing of the launch is checked (to print a configuration).
@@ -329,7 +338,7 @@ def _compose_checked(
             known |= {problem.location for problem in missing}
             config, by_rules = _by_rules(composed, world_size)
             problems += [problem for problem in by_rules if problem.location not in known]
-            config = None if missing else config
+            config = None if missing and not partial else config
     if problems:
         raise ConfigError(problems)
     return config

@@ -201,6 +201,8 @@ class TrainConfig:
 class ParallelConfig:
     """What the ranks share; ranks that are left over share the batch (data parallel)."""
 
+    auto: bool = False  # True: the rest of this section is chosen when the run starts (config.plan)
+    memory_gb: float | None = None  # 2^30 bytes of a GPU, for auto; null: as the device has
     tensor_model_parallel_size: int = 1  # ranks that share every layer
     sequence_parallel: bool = False  # True: tensor-parallel ranks also share the rows between the matrices
     pipeline_model_parallel_size: int = 1  # ranks that hold consecutive layers
@@ -211,6 +213,21 @@ class ParallelConfig:
     recompute_granularity: Recompute = Recompute.none  # what the backward pass computes again: none, selective, full
     overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; null: on GPUs
     overlap_param_gather: bool | None = None  # gather updated weights during the next forward pass; null: on GPUs
+
+
+@dataclass(slots=True, kw_only=True)
+class MachineConfig:
+    """What parallel=auto and scripts/plan.py assume of the machines: figures of an H100, on paper."""
+
+    gpus_per_node: int = 8  # GPUs that NVLink joins
+    peak_tflops: float = 989.0  # dense bf16, 1e12 operations a second
+    mfu: float = 0.4  # share of the peak that computation reaches while it does not wait for other GPUs; an assumption
+    split_cost: float = 0.03  # of the computation, for each halving of a rank's matrices (TP, CP): smaller kernels
+    nvlink_gb_per_s: float = 350.0  # 1e9 bytes a GPU sends inside a node (450 on paper)
+    network_gb_per_s: float = 40.0  # 1e9 bytes a GPU sends to other nodes (50 on paper: one 400 Gb/s adapter each)
+    hbm_gb_per_s: float = 2500.0  # 1e9 bytes the optimizer's step reads and writes (3350 on paper)
+    reserved_gb: float = 4.0  # 2^30 bytes: CUDA context and kernels about 1, cuBLAS, NCCL buffers of some communicators
+    fragmentation: float = 0.05  # of what is allocated: pieces between blocks of torch's allocator
 
 
 @dataclass(slots=True, kw_only=True)
@@ -283,6 +300,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)  # run in this order
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nld_train.config.schema import (
     Device,
     DocumentMask,
     Normalization,
+    ParallelConfig,
     Sampler,
     StageConfig,
     Stratify,
@@ -56,15 +58,22 @@ def validate(config: Config, world_size: int | None) -> list[Problem]:
         *_data(config),
         *_train(config),
         *_parallel(config),
+        *_machine(config),
         *_optim(config),
         *_stages(config),
         *_checkpoint_export_wandb(config),
     ]
     if world_size is not None:
-        problems += [*_launch(config, world_size), *_paths(config)]
-    else:
+        # A layout that the run will choose is checked when it is known.
+        problems += [*([] if config.parallel.auto else _launch(config, world_size)), *_paths(config)]
+    elif not config.parallel.auto:
         problems += _batch(config, data_parallel_size=1)
     return problems
+
+
+def layout_problems(config: Config, world_size: int) -> list[Problem]:
+    """What keeps ``config.parallel`` from being the layout of ``world_size`` ranks; files are not looked at."""
+    return [*_parallel(config), *_launch(config, world_size)]
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
@@ -365,6 +374,30 @@ def _optim(config: Config) -> Iterable[Problem]:
             yield Problem(key, f"{value} is not in [0, 1)", f"use {key}={_schema_default(key)}")
     yield from _above_zero(config, "optim.eps")
     yield from _at_least(config, 0, "optim.weight_decay", "optim.clip_grad")
+
+
+def _machine(config: Config) -> Iterable[Problem]:
+    parallel = config.parallel
+    if parallel.auto:
+        default = ParallelConfig()
+        for item in fields(ParallelConfig):
+            value = getattr(parallel, item.name)
+            if item.name in ("auto", "memory_gb") or value == getattr(default, item.name):
+                continue
+            if not item.name.startswith("overlap"):
+                yield Problem(
+                    f"parallel.{item.name}",
+                    f"{value.value if isinstance(value, Enum) else value}, but parallel.auto=true chooses the layout",
+                    f"leave parallel.{item.name} out, or use parallel=single to choose all of it yourself",
+                )
+    if parallel.memory_gb is not None:
+        yield from _above_zero(config, "parallel.memory_gb")
+    yield from _at_least(config, 1, "machine.gpus_per_node")
+    yield from _at_least(config, 0, "machine.reserved_gb", "machine.fragmentation", "machine.split_cost")
+    rates = ("peak_tflops", "mfu", "nvlink_gb_per_s", "network_gb_per_s", "hbm_gb_per_s")
+    yield from _above_zero(config, *(f"machine.{name}" for name in rates))
+    if config.machine.mfu > 1:
+        yield Problem("machine.mfu", f"{config.machine.mfu} is more than the whole peak", "use machine.mfu=0.4")
 
 
 def _stages(config: Config) -> Iterable[Problem]:

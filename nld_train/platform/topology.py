@@ -51,20 +51,26 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize_topology(
-    parallel: ParallelConfig, platform: Platform, *, seed: int, timeout: timedelta = timedelta(minutes=10)
-) -> Topology:
-    """Start torch.distributed (also for one process) and Megatron's process groups, and seed its RNG tracker.
+def join_ranks(platform: Platform, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Start torch.distributed, unless that was done.
 
     A single process needs no launcher and no free port: it meets itself in an in-memory store.
     """
-    if not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group(platform.distributed_backend, timeout=timeout)
-        else:
-            dist.init_process_group(
-                platform.distributed_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(platform.distributed_backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            platform.distributed_backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def initialize_topology(
+    parallel: ParallelConfig, platform: Platform, *, seed: int, timeout: timedelta = timedelta(minutes=10)
+) -> Topology:
+    """Start torch.distributed (also for one process) and Megatron's process groups, and seed its RNG tracker."""
+    join_ranks(platform, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

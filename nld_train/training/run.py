@@ -22,6 +22,7 @@ from nld_train.platform.topology import Topology, topology_of
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
 from nld_train.training.data import open_data, prepare_blends, prepare_chats
+from nld_train.training.layout import resolve_layout
 from nld_train.training.optimizer import build_optimizer, choose_adam
 from nld_train.training.run_folder import check_same_data, find_resume_point, lock_run_folder, make_folder
 from nld_train.training.stages import Stage, plan_stages, stage_of_step
@@ -40,6 +41,7 @@ def run(config: Config) -> None:
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
     try:
+        config, layout_lines = resolve_layout(config, platform)
         with topology_of(config.parallel, platform, seed=config.run.seed) as topology:
             is_main = topology.is_main
             run_dir = Path(config.run.dir)
@@ -83,7 +85,7 @@ def run(config: Config) -> None:
             if is_main:
                 callbacks = build_callbacks(config)
             callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
-            for line in notices(config):
+            for line in [*layout_lines, *notices(config)]:
                 callbacks.on_message(line)
             trainer = Trainer(
                 config=config,
