@@ -173,7 +173,7 @@ def group_is_alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kill_after_step", [4, 11])
+@pytest.mark.parametrize("kill_after_step", [4, pytest.param(11, marks=pytest.mark.long)])
 def test_kill_and_resume_is_bit_exact(undisturbed: Path, cache: Path, tmp_path: Path, kill_after_step: int) -> None:
     """kill -9 in the middle of a stage, after a checkpoint; then the same command again."""
     run_dir = tmp_path / "killed"

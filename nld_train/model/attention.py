@@ -43,6 +43,10 @@ CHUNK_ROWS = 128
 TABLE_CHUNK_ROWS = {torch.float64: 160, torch.float32: 160, torch.bfloat16: 256, torch.float16: 256}
 """Noisy and clean rows together that it takes at a time under a table; a call in bf16 costs more before it begins."""
 
+JOINED_PREFIX = 1024
+"""Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
+needs no mask, and a merge."""
+
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -267,8 +271,14 @@ class _Chunk:
     num_noisy_rows: int
 
     @property
-    def has_prefix(self) -> bool:
-        return self.start > self.document_start
+    def joined(self) -> int:
+        """Tokens of the prefix that are taken with the chunk's own rows: all or none."""
+        prefix = self.start - self.document_start
+        return prefix if prefix <= JOINED_PREFIX else 0
+
+    @property
+    def has_long_prefix(self) -> bool:
+        return self.start - self.document_start > JOINED_PREFIX
 
     @property
     def num_rows(self) -> int:
@@ -337,8 +347,8 @@ class _ChunkPlan:
     _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def calls(self, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> Iterator[tuple[_Chunk, Tensor, int]]:
-        """Each chunk, its additive mask [G / P * R, R] (or [n * K, 1, G / P * R, R]), and P, the parts its groups are
-        taken in."""
+        """Each chunk, its additive mask [G / P * R, joined + R] (or [n * K, 1, G / P * R, joined + R]), and P, the
+        parts its groups are taken in."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, since the kernel's backward pass hands out heads.
         wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
@@ -350,8 +360,8 @@ class _ChunkPlan:
         key = (num_heads, num_kv_heads, num_threads, dtype)
         if key not in self._masks:
             self._masks[key] = [
-                _additive(allowed, group // parts, num_kv_heads, dtype)
-                for allowed, parts in zip(self.allowed, all_parts, strict=True)
+                _additive(allowed, chunk.joined, group // parts, num_kv_heads, dtype)
+                for chunk, allowed, parts in zip(self.chunks, self.allowed, all_parts, strict=True)
             ]
         yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
 
@@ -488,9 +498,11 @@ def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor, clean_le
     return allowed
 
 
-def _additive(allowed: Tensor, num_folded: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, else -inf, once for each head that is folded into rows; [1, R, R] serves all heads."""
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf).repeat(1, num_folded, 1)
+def _additive(allowed: Tensor, joined: int, num_folded: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, and for each of the joined tokens, else -inf; once for each head that is folded into rows;
+    [1, R, R] serves all heads."""
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf)
+    mask = F.pad(mask, (joined, 0)).repeat(1, num_folded, 1)
     return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
 
 
@@ -511,7 +523,7 @@ class _TableAttention(torch.autograd.Function):
             of_chunk = chunk.of(rows, *fold)
             own = keys.own(chunk, parts), values.own(chunk, parts)
             part, part_lse = _cpu_flash(of_chunk, *own, attn_mask=mask, scale=scale)
-            if chunk.has_prefix:
+            if chunk.has_long_prefix:
                 prefix = _cpu_flash(of_chunk, keys.prefix(chunk, parts), values.prefix(chunk, parts), scale=scale)
                 part, part_lse = _merge(part, part_lse, *prefix)
             chunk.of(out_rows, *fold).copy_(part)
@@ -541,7 +553,7 @@ class _TableAttention(torch.autograd.Function):
             )
             grad_keys.set_own(chunk, of_keys)
             grad_values.set_own(chunk, of_values)
-            if chunk.has_prefix:
+            if chunk.has_long_prefix:
                 prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
                 more_rows, of_keys, of_values = _cpu_flash_backward(
                     grad, of_chunk, *prefix, *of_out, 0.0, False, scale=scale
@@ -563,9 +575,11 @@ class _TableKeys:
         self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
 
     def own(self, chunk: _Chunk, parts: int) -> Tensor:
-        """[n * K, parts, R, D]"""
+        """[n * K, parts, joined + R, D]: the chunk's rows, behind the prefix if that is joined."""
         num_sequences = len(chunk.sequences)
         own = chunk.of(self.rows, self.num_heads, num_sequences * self.num_heads, 1, -1)
+        if chunk.joined:
+            own = torch.cat([self.prefix(chunk, 1), own], dim=2)
         return own.expand(-1, parts, -1, -1)
 
     def prefix(self, chunk: _Chunk, parts: int) -> Tensor:
@@ -586,17 +600,22 @@ class _TableKeyGradients:
         self.clean = torch.zeros_like(keys.clean, dtype=_accumulation_dtype(keys.rows))
 
     def set_own(self, chunk: _Chunk, grad: Tensor) -> None:
-        num_sequences = len(chunk.sequences)
+        total, num_sequences = self._over_parts(grad), len(chunk.sequences)
         own = chunk.of(self.rows, self.keys.num_heads, num_sequences * self.keys.num_heads, -1)
-        own.copy_(self._over_parts(grad))
+        own.copy_(total[:, chunk.joined :])
+        if chunk.joined:
+            self._add(chunk, total[:, : chunk.joined])
 
     def add_prefix(self, chunk: _Chunk, grad: Tensor) -> None:
-        total = self._over_parts(grad).unflatten(0, (len(chunk.sequences), -1)).to(self.clean.dtype)
+        self._add(chunk, self._over_parts(grad))
+
+    def _add(self, chunk: _Chunk, total: Tensor) -> None:
+        total = total.unflatten(0, (len(chunk.sequences), -1))
         clean = self.clean[:, :, chunk.document_start : chunk.start]
         if len(chunk.sequences) == len(clean):
             clean += total
         else:
-            clean.index_add_(0, chunk.sequences, total)
+            clean.index_add_(0, chunk.sequences, total.to(clean.dtype))
 
     def _over_parts(self, grad: Tensor) -> Tensor:
         """[n * K, parts, keys, D] -> [n * K, keys, D]"""

@@ -33,6 +33,8 @@ def test_every_file_composes(file: Path, tmp_path: Path):
         extra = ["stages.extra.tokens=1", "stages.extra.lr=1e-3", "stages.extra.min_lr=0"]
         if option == "sft":
             extra.append("stages.extra.chat=stdlib_chat")
+    elif choice == "parallel=auto":
+        world_size = 8
     elif group == "parallel":
         world_size = written.tensor_model_parallel_size * written.pipeline_model_parallel_size
         world_size *= written.context_parallel_size
@@ -52,6 +54,8 @@ def test_every_file_composes(file: Path, tmp_path: Path):
         assert config.stages["extra"].warmup_fraction == written.warmup_fraction
     elif group == "model":
         assert config.model.num_layers == written.num_layers
+    elif choice == "parallel=auto":
+        assert config.parallel.auto
     elif group == "parallel":
         assert config.parallel.tensor_model_parallel_size == written.tensor_model_parallel_size
         assert config.parallel.pipeline_model_parallel_size == written.pipeline_model_parallel_size

@@ -30,7 +30,7 @@ def trainer(fraction: float, document_mask: DocumentMask = DocumentMask.none) ->
     config.train.micro_batch_size = 1
     found = object.__new__(Trainer)
     found.config, found.stages = config, plan_stages(config)
-    found.topology = SimpleNamespace(data_parallel_size=2)  # type: ignore[assignment]
+    found.topology = SimpleNamespace(data_parallel_size=2, context_parallel_size=1)  # type: ignore[assignment]
     return found
 
 
