@@ -131,6 +131,8 @@ def test_four_ranks_pass_a_run_on_from_layout_to_layout(
     pipeline = {"pipeline_model_parallel_size": 2}
     layouts = [
         ParallelConfig(**tensor, **pipeline),  # type: ignore[arg-type]
+        ParallelConfig(context_parallel_size=2),
+        ParallelConfig(**tensor, **pipeline),  # type: ignore[arg-type]
         ParallelConfig(),
         ParallelConfig(**pipeline, virtual_pipeline_model_parallel_size=2),
         ParallelConfig(**pipeline, num_layers_in_last_pipeline_stage=1),
