@@ -60,6 +60,8 @@ def _split(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         key, _, value = setting.partition("=")
         if key in ("gpus", "memory_gb", "gpus_per_node"):
             own[key] = value
+        elif key.lstrip("+~").split(".")[0] == "parallel":
+            raise ConfigError([Problem(key, "is what this script finds out", f"leave {setting} out")])
         else:
             overrides.append(setting)
     return own, overrides

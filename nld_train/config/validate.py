@@ -501,11 +501,13 @@ def _checkpoint_export_wandb(config: Config) -> Iterable[Problem]:
 def _parallel(config: Config) -> Iterable[Problem]:
     yield from _at_least(config, 1, *(f"parallel.{name}_parallel_size" for name in _GROUPS))
     tensor, _, context = _sizes(config)
+    is_alone = config.parallel.sequence_parallel and _working_tensor_size(config) == 1
     if tensor >= 1 and (left_over := [f"{key}={size}" for key, size in _split_by_tensor(config) if size % tensor]):
         yield Problem(
             "parallel.tensor_model_parallel_size",
             f"{tensor} does not divide {', '.join(left_over)}",
             f"use parallel.tensor_model_parallel_size={_working_tensor_size(config)} "
+            f"{'parallel.sequence_parallel=false ' if is_alone else ''}"
             f"(what works for this model: {_listing(_tensor_sizes(config))})",
         )
     yield from _sequence_parallel(config)
@@ -538,11 +540,12 @@ def _sequence_parallel(config: Config) -> Iterable[Problem]:
     if not config.parallel.sequence_parallel or tensor < 1:
         return
     if tensor == 1:
+        larger = next((size for size in _tensor_sizes(config) if size > 1), None)
         yield Problem(
             "parallel.sequence_parallel",
             "True shares rows among tensor-parallel ranks, and parallel.tensor_model_parallel_size=1",
-            f"use parallel.sequence_parallel=false, or parallel.tensor_model_parallel_size="
-            f"{next((size for size in _tensor_sizes(config) if size > 1), 1)}",
+            "use parallel.sequence_parallel=false"
+            + (f", or parallel.tensor_model_parallel_size={larger}" if larger is not None else ""),
         )
         return
     lengths = {"data.sequence_length": config.data.sequence_length}
@@ -601,12 +604,22 @@ def _pipeline(config: Config) -> Iterable[Problem]:
             f"use parallel.virtual_pipeline_model_parallel_size={nearest(virtual, fitting) if fitting else 'null'}",
         )
         return
+    if not uneven and virtual is not None and not _pipeline_sizes(config):
+        without = nearest(pipeline, _divisors(num_layers))
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size",
+            f"{virtual}: no pipeline of model.num_layers={num_layers} has ranks with so many chunks each",
+            "use parallel.virtual_pipeline_model_parallel_size=null"
+            + (f" parallel.pipeline_model_parallel_size={without}" if without != pipeline else ""),
+        )
+        return
     if not uneven:
         yield Problem(
             "parallel.pipeline_model_parallel_size",
             f"{pipeline}{chunks} does not divide model.num_layers={num_layers}",
             f"use parallel.pipeline_model_parallel_size={_working_pipeline_size(config)} "
-            f"(what works for this model: {_listing(_pipeline_sizes(config))})",
+            f"(what works with as many layers in each stage: {_listing(_pipeline_sizes(config))}), or give the first "
+            "and the last stage other numbers of layers (parallel.num_layers_in_first_pipeline_stage, ..._last_...)",
         )
         return
     yield Problem(
@@ -728,7 +741,7 @@ def _launch(config: Config, world_size: int) -> Iterable[Problem]:
     # A size that was refused above must not end in a launch line that would be refused again: count with the
     # values that the other remedies propose.
     ranks = _working_tensor_size(config) * _working_pipeline_size(config) * _working_context_size(config)
-    if min(tensor, pipeline, context) >= 1:
+    if min(tensor, pipeline, context) >= 1 and world_size % ranks:
         key = max(
             ("parallel.tensor_model_parallel_size", tensor),
             ("parallel.pipeline_model_parallel_size", pipeline),

@@ -299,7 +299,7 @@ class ValidationSet:
         self._num_samples = num_samples
         self._mask_token_id = mask_token_id
         self._document_mask = document_mask
-        self._tokens = corpus.tokens(VALIDATION)
+        self._documents = corpus.documents(VALIDATION)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -308,7 +308,8 @@ class ValidationSet:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"the validation set has samples 0..{self._num_samples - 1}, asked for {index}")
         start = index * self._sequence_length
-        text = torch.from_numpy(self._tokens[start : start + self._sequence_length + 1].astype(np.int64))
+        tokens = self._documents.read(0, start, start + self._sequence_length + 1)  # the part is one shard
+        text = torch.from_numpy(tokens.astype(np.int64))
         sample = _text_sample(
             text[:-1].contiguous(),
             text[1:].contiguous(),

@@ -23,11 +23,13 @@ from typing import Any, TypeVar
 
 from nld_train.data.corpora import Document
 from nld_train.data.encoding import TextEncoder, check_encoder
-from nld_train.data.files import locked, publish_folder, sha256_of_file, sha256_of_folder
+from nld_train.data.files import fsync, locked, publish_folder, sha256_of_file, sha256_of_folder
 from nld_train.data.inputs import Format, InputFile, Piece, PieceReader, ReadOptions, check_unchanged, plan_shards
 from nld_train.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    TRAIN,
+    VALIDATION,
     WORK_FOLDER,
     InputStats,
     PreparedCorpus,
@@ -226,7 +228,12 @@ def _check_or_write_plan(folder: Path, plan: dict[str, Any]) -> None:
     if not path.is_file() or not has_complete_shards(folder):
         # A first try that ended before its first shard (a wrong option, a wrong line) binds nobody.
         if not path.is_file() or path.read_text(encoding="utf-8") != json_text(plan):
+            # In this order: killed in between, a folder without a plan is begun anew.
+            path.unlink(missing_ok=True)
+            fsync(path.parent)
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            for stale in [*folder.glob(f"{TRAIN}-*"), *path.parent.glob(f"{VALIDATION}-*"), *path.parent.glob("*.npz")]:
+                stale.unlink()
             write_json(path, plan)
         return
     try:

@@ -260,10 +260,13 @@ class TokenDocuments:
         shard = bisect_right(self._first_documents, document) - 1
         before = self._first_tokens[shard]
         start, end = int(self._starts[document]) - before + offset, int(self._starts[document + 1]) - before
+        return self.read(shard, start, end if length is None else min(end, start + length))
+
+    def read(self, shard: int, start: int, end: int) -> np.ndarray:
+        """Tokens [start, end) of a shard, whatever documents they belong to."""
         held = self._tokens(shard)
-        tokens = held[start : end if length is None else start + length]
-        self._check(shard, held, start, start + len(tokens))
-        return tokens
+        self._check(shard, held, start, end)  # all that is asked for: a file that was cut short has less
+        return held[start:end]
 
     def _check(self, shard: int, held: np.ndarray, start: int, end: int) -> None:
         """Compare tokens [start, end) of a shard, and what else is in their blocks, with the checksums."""
@@ -275,7 +278,7 @@ class TokenDocuments:
                     str(_with_suffix(self._corpus.prefix(self._part, shard), "bin")),
                     f"has changed since it was prepared: the {CHECKSUM_BYTES} bytes from offset {offset} do not have "
                     f"the checksum that {self._part}.crc32.npy lists",
-                    _REMEDY,
+                    f"{_REMEDY} (prepare_data.py inspect FOLDER --verify tells which of the two has changed)",
                 )
 
     def _tokens(self, shard: int) -> np.ndarray:
@@ -475,7 +478,7 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def _check_places(corpus: PreparedCorpus, part: str) -> np.ndarray:
-    """Lengths of the part's documents; the two arrays agree with the manifest at every shard's ends."""
+    """Lengths of the part's documents; all arrays have the manifest's sizes and agree with it at every shard's ends."""
     stats, shards = corpus.manifest.parts[part], corpus.manifest.shards[part]
     lengths_path, starts_path = (corpus.folder / f"{part}.{name}.npy" for name in ("lengths", "starts"))
     lengths, starts = _load(lengths_path), _load(starts_path)
@@ -487,6 +490,10 @@ def _check_places(corpus: PreparedCorpus, part: str) -> np.ndarray:
         raise DataError(
             str(starts_path), f"holds {starts.dtype} {starts.shape}, not int64 {(stats.documents + 1,)}", _REMEDY
         )
+    checksums_path, item_size = corpus.folder / f"{part}.crc32.npy", np.dtype(corpus.manifest.dtype).itemsize
+    checksums, num = _load(checksums_path), sum(num_checksums(shard.tokens * item_size) for shard in shards)
+    if checksums.shape != (num,) or checksums.dtype != np.uint32:
+        raise DataError(str(checksums_path), f"holds {checksums.dtype} {checksums.shape}, not uint32 {(num,)}", _REMEDY)
     ends = np.cumsum([0, *(shard.documents for shard in shards)])
     if not np.array_equal(starts[ends], np.cumsum([0, *(shard.tokens for shard in shards)])):
         raise DataError(str(starts_path), f"is of another corpus: its shards are not those of {MANIFEST_NAME}", _REMEDY)

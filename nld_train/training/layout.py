@@ -59,8 +59,15 @@ def _least_memory_gb(config: Config, platform: Platform) -> float:
 def _decide(config: Config, world_size: int, memory_gb: float) -> tuple[ParallelConfig, list[str]]:
     path = Path(config.run.dir) / "config.yaml"
     if path.is_file():
-        old = load_resolved(path).parallel
-        plan = evaluate(config, workloads(config), replace(old, auto=False), world_size, memory_gb)
+        given = config.parallel  # what may be said beside auto is said anew by each start
+        kept = replace(
+            load_resolved(path).parallel,
+            auto=False,
+            memory_gb=given.memory_gb,
+            overlap_grad_reduce=given.overlap_grad_reduce,
+            overlap_param_gather=given.overlap_param_gather,
+        )
+        plan = evaluate(config, workloads(config), kept, world_size, memory_gb)
         if plan.fits:
             return plan.parallel, ["parallel.auto: this run has its layout already", *describe(plan)]
     plan = choose_layout(config, world_size, memory_gb)

@@ -116,7 +116,7 @@ def run(config: Config) -> None:
 def overlap(parallel: ParallelConfig, platform: Platform) -> dict[str, bool]:
     """Which communication is overlapped with computation: what the configuration says, else on GPUs all of it."""
     gradients, weights = parallel.overlap_grad_reduce, parallel.overlap_param_gather
-    gradients = platform.is_cuda if gradients is None else gradients
+    gradients = bool(platform.is_cuda or weights) if gradients is None else gradients  # not weights without gradients
     weights = platform.is_cuda and gradients if weights is None else weights
     return {"overlap_grad_reduce": gradients, "overlap_param_gather": weights}
 

@@ -23,6 +23,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nld_train.data import prepared
+from nld_train.data.dataset import ValidationSet
 from nld_train.data.inputs import Format, Piece, PieceReader, ReadOptions, SampleBy, find_inputs, plan_shards
 from nld_train.data.prepare_files import PrepareOptions, prepare_files
 from nld_train.data.prepared import TRAIN, VALIDATION, PreparedCorpus, open_prepared
@@ -259,6 +260,29 @@ def test_a_first_try_without_a_shard_binds_nobody(prepare: Prepare, tmp_path: Pa
     assert "notes.txt" not in corpus.manifest.files
     (tmp_path / "out" / "notes.txt").unlink()
     assert bytes_of(corpus.folder) == bytes_of(prepare(source, out="calm", shard_bytes=20_000).folder)
+
+
+def test_a_plan_that_is_replaced_takes_its_tokenizer_with_it(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", make_texts(60))
+    calm = prepare(source, out="calm")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, progress=Stop(0))
+    out = tmp_path / "out"
+    assert not list((out / ".preparing").glob("[0-9]*.json"))
+
+    def killed(folder: Path, **_: object) -> None:
+        assert folder.name == "tokenizer"
+        (folder / "tokenizer_config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, name="other")
+    (out / "train-00007.bin").write_bytes(b"of the plan before")
+    assert bytes_of(prepare(source).folder) == bytes_of(calm.folder)
 
 
 def test_other_options_and_changed_inputs_are_refused_by_name(prepare: Prepare, tmp_path: Path) -> None:
@@ -564,7 +588,27 @@ def test_a_changed_byte_is_never_read(prepare: Prepare, tmp_path: Path, monkeypa
         # All documents that have bytes in the block, and no others.
         assert refused == [(b, e) for b, e in zip([0, *ends], ends, strict=False) if b < block + 4096 and e > block]
         assert documents.get(0).size == lengths[0]
+    # A file that is cut at the end of a page after it was opened, and mapped again: what is left of it is right.
     path.write_bytes(whole)
+    documents = open_prepared(corpus.folder).documents(TRAIN)
+    cut = next(number for number, end in enumerate(ends) if end > 2 * 4096)
+    documents.get(first + cut)
+    prepared._opened.clear()
+    path.write_bytes(whole[: 2 * 4096])
+    with pytest.raises(DataError, match=r"train-00001\.bin: has changed .* from offset 8192 "):
+        documents.get(first + cut)
+    path.write_bytes(whole)
+    held = corpus.folder / "validation.bin"
+    held_tokens = held.read_bytes()
+    held.write_bytes(held_tokens[:300] + bytes([held_tokens[300] ^ 1]) + held_tokens[301:])
+    with pytest.raises(DataError, match=r"validation\.bin: has changed .* from offset 0 "):
+        ValidationSet(open_prepared(corpus.folder), sequence_length=64, num_samples=4, mask_token_id=3)[2]
+    held.write_bytes(held_tokens)
+    checksums = np.load(corpus.folder / "train.crc32.npy")
+    np.save(corpus.folder / "train.crc32.npy", checksums.view(np.int32))
+    with pytest.raises(DataError, match=r"train\.crc32\.npy: holds int32 .*, not uint32"):
+        open_prepared(corpus.folder)
+    np.save(corpus.folder / "train.crc32.npy", checksums)
     documents = open_prepared(corpus.folder).documents(TRAIN)
     assert sum(documents.get(number).size for number in range(len(documents))) == lengths.sum()
     starts = np.load(corpus.folder / "train.starts.npy")

@@ -40,12 +40,19 @@ def test_gradients_equal_one_process(one_rank: RankPool, two_ranks: RankPool, la
         assert relative_error(found.gradients[name], gradient) < 1e-9, name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+OVERLAPPED = LAYOUTS | {
+    "cp2": ParallelConfig(context_parallel_size=2),
+    "pp2 x 2 virtual": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+}
+
+
+@pytest.mark.parametrize("layout", OVERLAPPED)
 def test_overlapped_communication_changes_nothing(two_ranks: RankPool, layout: str) -> None:
     """The settings of GPUs: gradients reduced during the backward pass, weights gathered during the next forward."""
-    case = step_case(dtype=torch.float32, num_optimizer_steps=3)
+    case = step_case(dtype=torch.float32, num_optimizer_steps=3, model=tiny_model(num_layers=4))
     layouts = [
-        replace(LAYOUTS[layout], overlap_grad_reduce=overlap, overlap_param_gather=overlap) for overlap in (False, True)
+        replace(OVERLAPPED[layout], overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+        for overlap in (False, True)
     ]
     expected, found = (two_ranks.run(run_step, case, parallel, parallel=parallel) for parallel in layouts)
     for name, parameter in expected.parameters.items():

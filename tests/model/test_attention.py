@@ -207,8 +207,9 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
 
 
 @pytest.mark.parametrize("has_table", [False, True])
-def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(has_table: bool):
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(has_table: bool, monkeypatch: pytest.MonkeyPatch):
     """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
+    monkeypatch.setattr(attention_module, "JOINED_PREFIX", 0)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
     if has_table:
         layout = table_layout(32, [[1024]], [blocks_of([1024], 32)])
@@ -293,17 +294,20 @@ TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
 }
 
 
-def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, joined: int) -> None:
+    """``joined``: longest prefix that is taken with a chunk's own rows."""
     monkeypatch.setattr(attention_module, "TABLE_CHUNK_ROWS", dict.fromkeys(TOLERANCE, num_rows))
+    monkeypatch.setattr(attention_module, "JOINED_PREFIX", joined)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("joined", [0, 1024])
 @pytest.mark.parametrize("chunk_rows", [8, 48, 128])  # less than a block, no divisor of L
 @pytest.mark.parametrize("name", TABLE_LAYOUTS)
 def test_chunked_attention_under_a_table(
-    name: str, chunk_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, chunk_rows: int, joined: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    set_chunk_rows(monkeypatch, chunk_rows)
+    set_chunk_rows(monkeypatch, chunk_rows, joined)
     assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=dtype)
 
 
@@ -314,7 +318,7 @@ def test_dense_attention_under_a_table(name: str):
 
 def test_groups_are_split_among_threads(monkeypatch: pytest.MonkeyPatch):
     """One key-value head and more threads: its queries come in 2, then in 4 parts, then 8 threads for 6 of them."""
-    set_chunk_rows(monkeypatch, 32)
+    set_chunk_rows(monkeypatch, 32, 64)
     layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
     for num_threads, heads in ((2, 4), (3, 4), (8, 6)):
         monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
@@ -327,7 +331,7 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
     for _ in range(40):
-        set_chunk_rows(monkeypatch, rng.choice([1, 3, 16, 50, 100]))
+        set_chunk_rows(monkeypatch, rng.choice([1, 3, 16, 50, 100]), rng.choice([0, 7, 40, 1024]))
         length, block_size = rng.randint(2, 120), rng.choice([1, 2, 7, 16, 60])
         documents, noisy = [], []
         for _ in range(rng.randint(1, 3)):
@@ -368,7 +372,7 @@ def test_a_plain_layout_written_as_a_table_equals_the_plain_path(attention: Atte
 def test_packed_documents_are_the_documents_alone(
     attention: Attention, is_noisy: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    set_chunk_rows(monkeypatch, 32)
+    set_chunk_rows(monkeypatch, 32, 64)
     lengths = [45, 70, 21]
     packed = table_layout(16, [lengths], [blocks_of(lengths, 16)] if is_noisy else None)
     inputs = make_inputs(packed, 1, 4, 2, 8, dtype=torch.float64)
@@ -425,7 +429,7 @@ def test_chunks_of_the_same_shape_are_taken_together():
 
 def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch):
     """One noisy block each, at different places of the same chunk; sequence 1 stands apart from 0 and 2."""
-    set_chunk_rows(monkeypatch, 80)
+    set_chunk_rows(monkeypatch, 80, 0)
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48)]])
     plan = attention_module._chunk_plan(layout, 80)
     assert (plan.chunks[0].sequences.tolist(), len(plan.allowed[0])) == ([0, 2], 2)
@@ -523,7 +527,7 @@ def test_shards_together_are_the_whole(attention: Attention, num_shards: int, mo
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
     for _ in range(8):
-        set_chunk_rows(monkeypatch, rng.choice([1, 5, 16, 100]))
+        set_chunk_rows(monkeypatch, rng.choice([1, 5, 16, 100]), rng.choice([0, 7, 40, 1024]))
         layout = random_layout(rng, num_shards)
         num_sequences = 2 if layout.table is None else len(layout.table.blocks)
         query, key, value, grad = make_inputs(

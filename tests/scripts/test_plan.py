@@ -36,6 +36,8 @@ def test_overrides_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:
         (["gpus=0", "memory_gb=80"], "gpus: '0' is not a positive whole number"),
         (["gpus=8", "memory_gb=80", "modle=ministral3_3b"], "modle"),
         (["gpus=1", "memory_gb=16"], "no layout of 1 rank with 16.0 GB fits"),
+        (["gpus=8", "memory_gb=80", "parallel.tensor_model_parallel_size=4"], "is what this script finds out"),
+        (["gpus=8", "memory_gb=80", "parallel=tp2"], "parallel: is what this script finds out"),
         (["gpus=131", "memory_gb=80"], "no layout of 131 ranks is possible"),
         (["gpus=8", "memory_gb=80", "gpus_per_node=0"], "machine.gpus_per_node: 0 is too small"),
     ],
