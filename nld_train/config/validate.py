@@ -548,16 +548,10 @@ def _sequence_parallel(config: Config) -> Iterable[Problem]:
             + (f", or parallel.tensor_model_parallel_size={larger}" if larger is not None else ""),
         )
         return
-    lengths = {"data.sequence_length": config.data.sequence_length}
-    lengths |= {
-        f"stages.{name}.sequence_length": stage.sequence_length
-        for name, stage in config.stages.items()
-        if stage.sequence_length is not None
-    }
     has_whole_blocks = config.data.document_mask is DocumentMask.none and config.objective.block_size >= 1
     ranks = tensor * max(1, config.parallel.context_parallel_size)
     unit = math.lcm(ranks, config.objective.block_size) if has_whole_blocks else ranks
-    for key, length in lengths.items():
+    for key, length in _sequence_lengths(config).items():
         if length >= 1 and length % ranks:
             by_context = f" x parallel.context_parallel_size={ranks // tensor}" if ranks > tensor else ""
             yield Problem(
@@ -708,11 +702,19 @@ def _cut_by_context(config: Config) -> list[tuple[str, int, int]]:
     """Sequence lengths that are cut into chunks for context-parallel ranks, and what a chunk must be a multiple of."""
     # Where there are documents, as in conversations, a block may go on beyond the chunk that it begins in.
     block_size = config.objective.block_size if config.data.document_mask is DocumentMask.none else 1
-    lengths = [("data.sequence_length", config.data.sequence_length, block_size)]
-    for name, stage in config.stages.items():
-        if stage.sequence_length is not None:
-            lengths.append((f"stages.{name}.sequence_length", stage.sequence_length, 1))
+    units = {"data.sequence_length": block_size}
+    lengths = [(key, length, units.get(key, 1)) for key, length in _sequence_lengths(config).items()]
     return [item for item in lengths if min(item[1:]) >= 1]
+
+
+def _sequence_lengths(config: Config) -> dict[str, int]:
+    """The run's sequence length and those that stages have of their own, by key."""
+    of_stages = {
+        f"stages.{name}.sequence_length": stage.sequence_length
+        for name, stage in config.stages.items()
+        if stage.sequence_length is not None
+    }
+    return {"data.sequence_length": config.data.sequence_length, **of_stages}
 
 
 def _context_sizes(config: Config) -> list[int]:
