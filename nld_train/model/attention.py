@@ -254,7 +254,8 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike.
+    """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike. Or, in
+    a shard, one noisy block that begins at start = stop.
 
     No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
     either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
@@ -375,26 +376,37 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
     num_sequences, length = table.blocks.shape[0], layout.num_clean_rows
     is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
     noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
-    block_starts = table.end_keys[:, :num_noisy]
     document_starts = table.first_keys[:, num_noisy:]
     ranges = layout.shard.ranges(layout.clean_length)
-    if len(ranges) > 1:
-        noisy_places, block_starts = _clean_row_numbers(noisy_places, block_starts, ranges)
+    # A shard's noisy blocks need not stand for clean rows of it: each is a chunk without any.
+    is_shard = len(ranges) > 1
 
     # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
     crossings = torch.zeros(num_sequences, length + 2, dtype=torch.int64)
-    crossings.scatter_add_(1, block_starts + 1, is_noisy.long())
-    crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
-    boundaries = crossings.cumsum(1)[:, : length + 1] == 0
     num_copies = torch.zeros(num_sequences, length, dtype=torch.int64)
-    num_copies.scatter_add_(1, noisy_places, is_noisy.long())
+    if not is_shard:
+        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
+        crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
+        num_copies.scatter_add_(1, noisy_places, is_noisy.long())
+    boundaries = crossings.cumsum(1)[:, : length + 1] == 0
 
     # Chunks of several sequences that have the same shape are one: fewer and longer calls.
-    alike: dict[tuple[int, int, int, int], list[tuple[int, int]]] = {}  # (sequence, number of the chunk)
-    widths: list[int] = []
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (sequence, number of the chunk)
+    num_found = 0
+    chunk_of_row = torch.full(table.blocks.shape, -1)  # by that number; -1 for padding
+
+    def add(sequence: int, *shape: int) -> None:
+        nonlocal num_found
+        copy = 0  # of the same block in the same sequence: a chunk has one of each sequence
+        while (copy, *shape) in alike and alike[copy, *shape][-1][0] == sequence:
+            copy += 1
+        alike.setdefault((copy, *shape), []).append((sequence, num_found))
+        num_found += 1
+
     for sequence in range(num_sequences):
         copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
         noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
+        of_noisy, of_clean = chunk_of_row[sequence].split([num_noisy, length])
         first = 0  # number of the range's first clean row
         for range_start, range_stop in ranges:
             last = first + range_stop - range_start
@@ -407,51 +419,45 @@ def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
             )
             for start, stop in zip([0, *ends], ends, strict=False):
                 num_noisy_rows = noisy_before[first + stop] - noisy_before[first + start]
-                shape = (documents[first + start], range_start + start, range_start + stop, num_noisy_rows)
-                alike.setdefault(shape, []).append((sequence, len(widths)))
-                widths.append(stop - start)
+                of_clean[first + start : first + stop] = num_found
+                add(sequence, documents[first + start], range_start + start, range_start + stop, num_noisy_rows)
             first = last
+        rows = is_noisy[sequence].nonzero().squeeze(1)
+        if is_shard:
+            _, members, sizes = table.blocks[sequence, rows].unique_consecutive(return_inverse=True, return_counts=True)
+            of_noisy[rows] = num_found + members
+            first_rows = rows[sizes.cumsum(0) - sizes]
+            starts, stops = (
+                table.first_keys[sequence, first_rows].tolist(),
+                table.end_keys[sequence, first_rows].tolist(),
+            )
+            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
+                add(sequence, document_start, start, start, size)
+        else:
+            of_noisy[rows] = of_clean[noisy_places[sequence, rows]]
     chunks: list[_Chunk] = []
-    ranks = torch.empty(len(widths), dtype=torch.int64)  # of (chunk, sequence) in the plan's order
+    ranks = torch.empty(num_found, dtype=torch.int64)  # of (chunk, sequence) in the plan's order
     first_row = num_ranked = 0
-    for (document_start, start, stop, num_noisy_rows), members in alike.items():
-        sequences, numbers = torch.tensor(members).unbind(1)
+    for (_, document_start, start, stop, num_noisy_rows), members_alike in alike.items():
+        sequences, numbers = torch.tensor(members_alike).unbind(1)
         chunks.append(_Chunk(sequences, document_start, start, stop, first_row, num_noisy_rows))
-        first_row += len(members) * chunks[-1].num_rows
-        ranks[numbers] = torch.arange(num_ranked, num_ranked + len(members))
-        num_ranked += len(members)
+        first_row += len(members_alike) * chunks[-1].num_rows
+        ranks[numbers] = torch.arange(num_ranked, num_ranked + len(members_alike))
+        num_ranked += len(members_alike)
 
-    chunk_of_place = ranks.repeat_interleave(torch.tensor(widths)).view(num_sequences, length)
-    order = torch.cat([2 * chunk_of_place.gather(1, noisy_places), 2 * chunk_of_place + 1], dim=1)
-    order[:, :num_noisy].masked_fill_(~is_noisy, -1)
+    order = 2 * ranks[chunk_of_row]  # in a chunk noisy rows come first
+    order[:, num_noisy:] += 1
+    order.masked_fill_(chunk_of_row < 0, -1)
     by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
     sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
     padding = order.t().flatten().eq(-1).nonzero().squeeze(1)
     queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, order.numel(), padding)
-    if len(ranges) > 1:
+    if is_shard:
         key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
         key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
         is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
         keys = _ChunkRows(chunks, key_rows, num_keys, is_other.nonzero().squeeze(1))
     return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, layout.clean_length))
-
-
-def _clean_row_numbers(
-    noisy_places: Tensor, block_starts: Tensor, ranges: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """Places as numbers of a shard's clean rows, for all noisy rows but padding.
-
-    A row beyond the end of the range in which its block begins counts as if it stood for the last token there: it needs
-    no clean token behind the beginning of its block.
-    """
-    row_numbers, start_numbers = torch.zeros_like(noisy_places), torch.zeros_like(block_starts)
-    first = 0
-    for start, stop in ranges:
-        is_here = (start <= block_starts) & (block_starts < stop)
-        row_numbers = torch.where(is_here, noisy_places.clamp_max(stop - 1) - start + first, row_numbers)
-        start_numbers = torch.where(is_here, block_starts - start + first, start_numbers)
-        first += stop - start
-    return row_numbers, start_numbers
 
 
 def _chunk_ends(

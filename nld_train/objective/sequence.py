@@ -10,7 +10,9 @@ S = N + L / size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -237,10 +239,10 @@ def shard_batch(
 ) -> tuple[JointBatch, Tensor]:
     """The rows of one context-parallel rank, and their weights; all ranks' together are the batch's, each row once.
 
-    Clean rows are those of the shard's places. A noisy block goes as a whole to the rank that holds the clean token
-    at its beginning, also where it (a document's) goes on beyond that rank's tokens: so no noisy row ever needs a noisy
-    row of another rank. Ranks may have different numbers of noisy rows, and at least one, if only of padding; of a
-    plain batch whose blocks divide the chunks all have L / size.
+    Clean rows are those of the shard's places. Noisy blocks are shared out by their work, each as a whole, so that no
+    noisy row ever needs a noisy row of another rank (see :func:`share_blocks`). Ranks may have different numbers of
+    noisy rows, and at least one, if only of padding; of a plain batch whose blocks divide the chunks all have L / size,
+    and they are those of its places.
 
     Args:
         batch: whole, on the CPU.
@@ -260,8 +262,7 @@ def shard_batch(
         raise ValueError(f"{length} clean tokens cannot be cut into 2 x {shard.size} equal chunks")
     table = _plain_table(layout, len(batch.tokens)) if layout.table is None else layout.table
     places = shard.places(length)
-    is_own_place = torch.zeros(length, dtype=torch.bool).index_fill_(0, places, True)
-    is_own = (table.blocks[:, :num_noisy] >= 0) & is_own_place[table.end_keys[:, :num_noisy]]
+    is_own = _ranks_of_noisy_rows(table, num_noisy, shard.size) == shard.rank
     num_own = 0
     if num_noisy > 0:
         unit = row_multiple if layout.table is None else math.lcm(row_multiple, SHARD_ROW_MULTIPLE)
@@ -300,6 +301,58 @@ def shard_batch(
         is_counted=batch.is_counted & is_first,
     )
     return sharded, own(row_weights)
+
+
+def share_blocks(work: Sequence[int], num_ranks: int) -> list[int]:
+    """The rank of each of a sequence's noisy blocks, given what each costs, in the order of their places.
+
+    A rank has a run of blocks from the front and one from the back, as of the clean tokens, so that blocks that stand
+    together in its rows see nearly the same keys (which attention kernels that work on tiles live on). From the
+    outermost rank to the innermost, each takes its share of the blocks that are left, up to rounding, so divided
+    between its two runs that their work is nearest to its share of the work that is left.
+    """
+    before = list(accumulate(work, initial=0))
+    ranks: list[int] = []
+    of_back: list[int] = []
+    front, back = 0, len(work)
+    for rank in range(num_ranks):
+        num_left, num_sharing = back - front, num_ranks - rank
+        share = (before[back] - before[front]) / num_sharing
+
+        def excess(runs: tuple[int, int], front: int = front, back: int = back, share: float = share) -> float:
+            """Distance of two runs' work from the share."""
+            taken = before[front + runs[0]] - before[front] + before[back] - before[back - runs[1]]
+            return abs(taken - share)
+
+        totals = {num_left // num_sharing, -(-num_left // num_sharing)}
+        num_front, num_back = min(
+            (
+                (of_front, total - of_front)
+                for total in sorted(totals)
+                for of_front in range(max(0, total // 2 - 1), min(total, total // 2 + 2) + 1)
+            ),
+            key=excess,
+        )
+        ranks += [rank] * num_front
+        of_back += [rank] * num_back
+        front, back = front + num_front, back - num_back
+    return ranks + of_back[::-1]
+
+
+def _ranks_of_noisy_rows(table: RowTable, num_noisy: int, num_ranks: int) -> Tensor:
+    """int64 [B, N]: which context-parallel rank holds each noisy row; -1 for padding."""
+    ranks = torch.full_like(table.blocks[:, :num_noisy], -1)
+    for sequence, blocks in enumerate(table.blocks[:, :num_noisy]):
+        rows = (blocks >= 0).nonzero().squeeze(1)
+        _, members, sizes = blocks[rows].unique_consecutive(return_inverse=True, return_counts=True)
+        first_rows = rows[sizes.cumsum(0) - sizes]
+        starts = table.end_keys[sequence, first_rows]
+        work = sizes * (starts - table.first_keys[sequence, first_rows] + sizes)  # query-key pairs
+        by_place = starts.argsort(stable=True)  # two copies of a block stand far apart
+        of_blocks = torch.empty_like(by_place)
+        of_blocks[by_place] = torch.tensor(share_blocks(work[by_place].tolist(), num_ranks), dtype=torch.int64)
+        ranks[sequence, rows] = of_blocks[members]
+    return ranks
 
 
 def _plain_table(layout: SequenceLayout, num_sequences: int) -> RowTable:

@@ -1,5 +1,7 @@
 """The doubled sequence: what each row reads, predicts and weighs."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from nld_train.objective.masks import dense_block_mask
 from nld_train.objective.noise import Corruption, NoiseSpec, corrupt
 from nld_train.objective.normalize import CONTRIBUTING, SEQUENCE, means, num_tokens, row_weights, shares
 from nld_train.objective.normalize import TOKENS as TOKENS_NORMALIZATION
-from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, build_joint_batch, shard_batch
+from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, build_joint_batch, shard_batch, share_blocks
 
 TOKENS = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
 LABELS = torch.tensor([[11, 12, 13, 14], [21, 22, 23, 24]])
@@ -105,8 +107,9 @@ def test_documents_without_noise_have_a_table_too() -> None:
 
 
 def test_a_shard_row_by_row() -> None:
-    """Two documents of 5 and 3 tokens in blocks of 2 on two ranks: [0, 1 | 6, 7] and [2, 3 | 4, 5]. The block {4} is
-    short, {5, 6} begins on the second rank and goes there as a whole, {7} is on the first, both copies of it."""
+    """Two documents of 5 and 3 tokens in blocks of 2 on two ranks: clean [0, 1 | 6, 7] and [2, 3 | 4, 5]. The blocks
+    {0, 1}, {4}, {5, 6} and two copies of {7} see 4, 5, 4, 3 and 3 pairs: the first two are nearest to a half of the
+    work, and the first rank takes them from the front."""
     tokens = torch.arange(10, 18).reshape(1, 8)
     places = torch.tensor([[0, 1, 4, 5, 6, 7, 7, -1]])
     noise = Corruption(
@@ -130,25 +133,26 @@ def test_a_shard_row_by_row() -> None:
     assert other is not None
     # Padded to the rows of the whole, 8, and so are those of the second rank.
     assert (first.layout.num_noisy_rows, first.layout.num_rows, first.layout.num_keys) == (8, 12, 16)
-    assert first.tokens[0, [0, 1, 2, 3, 8, 9, 10, 11]].tolist() == [10, 11, 17, 17, 10, 11, 16, 17]
-    assert first.targets[0, [0, 1, 2, 3, 8, 9, 10, 11]].tolist() == [10, 11, 17, 17, 60, 61, 66, 67]
-    assert of_first.tolist() == [[10, 20, 60, 70, 0, 0, 0, 0, 1, 1, 1, 1]]
-    assert table.blocks[0, :4].tolist() == [0, 0, 3, 4]
-    assert (table.blocks[0, 4:8] < -1).all()
-    assert len(table.blocks[0, 4:8].unique()) == 4
+    assert first.tokens[0, [0, 1, 2, 8, 9, 10, 11]].tolist() == [10, 11, 14, 10, 11, 16, 17]
+    assert first.targets[0, [0, 1, 2, 8, 9, 10, 11]].tolist() == [10, 11, 14, 60, 61, 66, 67]
+    assert of_first.tolist() == [[10, 20, 30, 0, 0, 0, 0, 0, 1, 1, 1, 1]]
+    assert table.blocks[0, :3].tolist() == [0, 0, 1]
+    assert (table.blocks[0, 3:8] < -1).all()
+    assert len(table.blocks[0, 3:8].unique()) == 5
     assert table.blocks[0, 8:].tolist() == [-1] * 4
-    assert table.position_ids.tolist() == [[0, 1, 2, 2, 0, 0, 0, 0, 0, 1, 1, 2]]
-    assert table.first_keys.tolist() == [[0, 0, 5, 5, 0, 0, 0, 0, 0, 0, 5, 5]]
-    assert table.end_keys.tolist() == [[0, 0, 7, 7, 0, 0, 0, 0, 1, 2, 7, 8]]
-    assert second.tokens[0, [0, 1, 2, 8, 9, 10, 11]].tolist() == [14, 15, 16, 12, 13, 14, 15]
-    assert of_second.tolist() == [[30, 40, 50, 0, 0, 0, 0, 0, 1, 1, 1, 1]]
-    assert other.blocks[0, :3].tolist() == [1, 2, 2]
-    assert other.end_keys[0, :3].tolist() == [4, 5, 5]
+    assert table.position_ids.tolist() == [[0, 1, 4, 0, 0, 0, 0, 0, 0, 1, 1, 2]]
+    assert table.first_keys.tolist() == [[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5, 5]]
+    assert table.end_keys.tolist() == [[0, 0, 4, 0, 0, 0, 0, 0, 1, 2, 7, 8]]
+    assert second.tokens[0, [0, 1, 2, 3, 8, 9, 10, 11]].tolist() == [15, 16, 17, 17, 12, 13, 14, 15]
+    assert of_second.tolist() == [[40, 50, 60, 70, 0, 0, 0, 0, 1, 1, 1, 1]]
+    assert other.blocks[0, :4].tolist() == [2, 2, 3, 4]
+    assert other.first_keys[0, :4].tolist() == [5, 5, 5, 5]
+    assert other.end_keys[0, :4].tolist() == [5, 5, 7, 7]
     assert first.is_supervised.tolist() == [[True, False, True, True]]
     assert second.diffusion_weights is not None
     assert second.mask_ratios is not None
-    assert second.diffusion_weights.tolist() == [[3, 4, 5, 0, 0, 0, 0, 0]]
-    assert second.mask_ratios.tolist() == [[3, 4, 5, 0, 0, 0, 0, 0]]
+    assert second.diffusion_weights.tolist() == [[4, 5, 6, 7, 0, 0, 0, 0]]
+    assert second.mask_ratios.tolist() == [[4, 5, 6, 7, 0, 0, 0, 0]]
     # What belongs to a sequence is counted once.
     assert [batch.sequence_ratios.tolist() for batch in (first, second)] == [[0.5], [0]]
     assert [batch.is_counted.tolist() for batch in (first, second)] == [[True], [False]]
@@ -217,21 +221,49 @@ def test_losses_and_metrics_of_the_shards_add_up(has_documents: bool, normalizat
 
 def test_zigzag_shares_out_the_work() -> None:
     """Pairs of a row and a key that the attention computes, at 8 ranks: the table of docs/numerics.md."""
-    size, length = 8, 1024
+    size, length = 8, 4096
 
-    def pairs(batch: JointBatch) -> torch.Tensor:
-        """int64 [rows]: of each row of the first sequence, over its keys."""
-        return dense_block_mask(batch.layout, torch.device("cpu"))[0].sum(-1).squeeze()
+    def pairs(batch: JointBatch) -> float:
+        """Of the first sequence, whose padding sees nothing."""
+        table = batch.layout.table
+        assert table is not None
+        blocks, keys = table.blocks[0], (table.end_keys - table.first_keys)[0]
+        is_noisy = blocks >= 0
+        own = (blocks[is_noisy][:, None] == blocks[is_noisy]).sum()
+        return float(keys[blocks >= -1].sum() + own)
 
     def excess(of_ranks: list[float]) -> float:
         return max(of_ranks) / (sum(of_ranks) / len(of_ranks)) - 1
 
     ar = build_joint_batch(*[torch.zeros(1, length, dtype=torch.int64)] * 3, None, 32)
-    joint = random_batch(length, 32, has_documents=False)
-    for batch in (ar, joint):
+    halves = [(random_batch(length, 32, has_documents=False, noisy_fraction=x), x) for x in (1.0, 0.5, 0.25, 0.55)]
+    for batch, fraction in [(ar, 0.0), *halves]:
         weights = row_weights(batch, TOKENS_NORMALIZATION, 0.3)
         shards = [shard_batch(batch, weights, Shard(rank, size))[0] for rank in range(size)]
-        assert excess([pairs(part).sum().item() for part in shards]) < 0.05
-        whole = dense_block_mask(batch.layout, torch.device("cpu")).sum(-1).view(-1, size, length // size)
-        assert sum(pairs(part).sum().item() for part in shards) == whole.sum()
-        assert excess(whole.sum((0, 2)).tolist()) > 0.8  # contiguous
+        assert excess([pairs(part) for part in shards]) < (0.05 if fraction % 1 else 1e-12)
+        mask = dense_block_mask(batch.layout, torch.device("cpu"))
+        of_rows = mask[0].sum(-1).squeeze() if fraction % 1 else mask.squeeze().sum(-1)
+        in_rows = torch.arange(len(of_rows)) >= 0 if batch.layout.table is None else batch.layout.table.blocks[0] >= -1
+        assert sum(pairs(part) for part in shards) == of_rows[in_rows].sum()
+        assert shards[0].layout.num_noisy_rows <= batch.layout.num_noisy_rows / size + 128
+        if not fraction % 1:
+            assert excess(of_rows.view(-1, size, length // size).sum((0, 2)).tolist()) > 0.8  # contiguous
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_blocks_are_shared_out_in_two_runs(num_ranks: int) -> None:
+    """Numbers of blocks differ by one at most, the runs mirror each other, and where all blocks are there a rank has
+    those of its clean tokens."""
+    generator = torch.Generator().manual_seed(num_ranks)
+    assert share_blocks([], num_ranks) == []
+    for _ in range(50):
+        work = torch.randint(1, 100, (int(torch.randint(1, 70, (1,), generator=generator)),), generator=generator)
+        ranks = share_blocks(work.sort().values.tolist(), num_ranks)
+        runs = [rank for rank, _ in itertools.groupby(ranks)]
+        half = runs.index(max(runs)) + 1
+        assert runs[:half] == sorted(runs[:half])
+        assert runs[half:] == sorted(runs[half:], reverse=True)
+        counts = [ranks.count(rank) for rank in range(num_ranks)]
+        assert max(counts) - min(counts) <= 1
+    whole = share_blocks([32 * (32 * i + 32) for i in range(8 * num_ranks)], num_ranks)
+    assert whole == [min(i // 4, 2 * num_ranks - 1 - i // 4) for i in range(8 * num_ranks)]
