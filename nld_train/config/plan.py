@@ -14,9 +14,9 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from nld_train.config.layouts import layout_problems
 from nld_train.config.memory import RankMemory, estimate_memory, largest, layers_of_stages, num_parameters
 from nld_train.config.schema import Config, ParallelConfig, Precision, Recompute
-from nld_train.config.validate import layout_problems
 from nld_train.config.workload import Workload, forward_flops, workloads
 from nld_train.errors import ConfigError, Problem
 

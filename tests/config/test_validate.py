@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nld_train.config.compose import compose
+from nld_train.config.rules import nearest
 from nld_train.config.schema import (
     AttentionBackend,
     Config,
@@ -17,7 +18,7 @@ from nld_train.config.schema import (
     Sampler,
     Stratify,
 )
-from nld_train.config.validate import find_corpora, nearest, notices, validate
+from nld_train.config.validate import find_corpora, notices, validate
 from nld_train.errors import ConfigError, Problem
 
 
@@ -288,6 +289,8 @@ def test_context_parallel_size_cuts_sequences_into_chunks_of_whole_blocks(tiny: 
     config = changed(config, data__document_mask=DocumentMask.boundary, data__sequence_length=260)
     problem = at(validate(config, world_size=8), "parallel.context_parallel_size")
     assert "data.sequence_length=260 cannot be cut into 2 x 8" in problem.message
+    assert "=2 (what works here: 1, 2, 5, 10, 13," in problem.remedy  # 10 does not divide 8 ranks
+    problem = at(validate(config, world_size=None), "parallel.context_parallel_size")
     assert "=10 (what works here: 1, 2, 5, 10, 13," in problem.remedy
     stage = dataclasses.replace(next(iter(config.stages.values())), chat="stdlib_chat", sequence_length=36)
     config = changed(config, stages={**config.stages, "sft": stage}, parallel__context_parallel_size=5)
@@ -318,6 +321,18 @@ def test_the_launch_line_counts_with_the_sizes_that_work(tiny: Config):
     assert [problem.location for problem in problems] == ["parallel.tensor_model_parallel_size"] * 2
     assert "parallel.tensor_model_parallel_size=2" in problems[0].remedy
     assert "torchrun --nproc-per-node 2 train.py" in problems[1].remedy
+
+
+def test_a_remedy_looks_at_the_ranks_that_are_there(tiny: Config):
+    """34 layers are nearer to 17 stages than to 2, but 64 ranks are not 17 times anything."""
+    config = changed(tiny, model__num_layers=34, parallel__pipeline_model_parallel_size=16)
+    key = "parallel.pipeline_model_parallel_size"
+    assert f"use {key}=17 " in at(validate(config, world_size=None), key).remedy
+    assert f"use {key}=17 " in at(validate(config, world_size=2 * 17), key).remedy
+    assert f"use {key}=2 " in at(validate(config, world_size=64), key).remedy
+    assert key not in [
+        problem.location for problem in validate(changed(config, parallel__pipeline_model_parallel_size=2), 64)
+    ]
 
 
 def test_every_stage_of_a_pipeline_gets_micro_batches(tiny: Config):
