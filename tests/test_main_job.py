@@ -216,12 +216,15 @@ def test_random_kills_are_bit_exact(undisturbed: Path, cache: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "layout",
     [
-        (),
-        ("parallel=tp2_sp", "parallel.recompute_granularity=full"),
-        ("parallel=pp2_interleaved", "parallel.recompute_granularity=selective"),
-        ("parallel=cp2",),
+        pytest.param((), id="dp2", marks=pytest.mark.long),
+        pytest.param(("parallel=tp2_sp", "parallel.recompute_granularity=full"), id="tp2 + sp"),
+        pytest.param(
+            ("parallel=pp2_interleaved", "parallel.recompute_granularity=selective"),
+            id="pp2 x 2 virtual",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(("parallel=cp2",), id="cp2"),
     ],
-    ids=["dp2", "tp2 + sp", "pp2 x 2 virtual", "cp2"],
 )
 def test_two_ranks_train_both_stages(undisturbed: Path, cache: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     """Through torchrun; losses agree with one process, and the export of any layout is the same model."""

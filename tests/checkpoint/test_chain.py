@@ -159,7 +159,14 @@ def test_the_first_ar_loss_equals_transformers(
     assert transformers_loss(tmp_path, first_batch) != pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)], ids=["tp2", "pp2", "tp2 x pp2"])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline"),
+    [
+        pytest.param(2, 1, id="tp2", marks=pytest.mark.long),
+        pytest.param(1, 2, id="pp2", marks=pytest.mark.long),
+        pytest.param(2, 2, id="tp2 x pp2"),
+    ],
+)
 def test_every_layout_starts_from_the_same_loss(
     trained: tuple[Path, list[dict[str, Any]]],
     first_batch: tuple[Tensor, Tensor],

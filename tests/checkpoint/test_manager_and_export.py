@@ -102,7 +102,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+IN_SHORT = ("tp2", "pp2 x 2 virtual")
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+)
 def test_resume_at_another_layout(one_rank: RankPool, two_ranks: RankPool, tmp_path: Path, layout: str) -> None:
     """Two steps here, two more there, equals four steps here: weights and optimizer state came along, both ways."""
     four = one_rank.run(train_case, ParallelConfig(), str(tmp_path), 0, 4, False)

@@ -108,6 +108,7 @@ def test_anonymous_memory_of_a_process_is_read(benchmark: dict[str, Any]):
     assert benchmark["anonymous_bytes"](2**30) == 0
 
 
+@pytest.mark.long
 def test_a_conversion_runs_in_a_process_of_its_own_and_its_result_is_checked(tmp_path: Path):
     """Through an ordinary import: the child process imports the module again."""
     program = f"""
