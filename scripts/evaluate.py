@@ -7,7 +7,8 @@ The model is an exported folder or a training checkpoint (RUN/checkpoints/step_*
 Markdown table for each suite, and writes <suite>.json and pictures into --out.
 
 likelihood reads --text and --corpus, or else the held-out documents of the run that the model lies in. decoding and
-speed_of_light continue the prompts of data/prompts, or --prompts. harness needs lm-eval: pip install 'nld-train[eval]'.
+speed_of_light continue the prompts of data/prompts, or --prompts, and with --held-out also beginnings of held-out
+documents. harness needs lm-eval: pip install 'nld-train[eval]'.
 """
 
 import argparse
@@ -64,6 +65,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("decoding and speed_of_light")
     group.add_argument("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL; the name: category")
     group.add_argument("--num-prompts", type=int, help="of each category (default: all)")
+    group.add_argument(
+        "--held-out", type=int, default=0, metavar="N", help="and N documents of each corpus (default 0)"
+    )
     group.add_argument("--max-new-tokens", type=int, default=64, help="decoding (default 64)")
     group.add_argument("--block-length", type=int, help="decoding (default: the model's block size)")
     group.add_argument("--thresholds", type=float, nargs="+", help="decoding (default 0.1 ... 0.95)")
@@ -79,6 +83,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("documents", "max_length", "blocks", "budget", "max_new_tokens"):
         if getattr(parsed, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(parsed, name)}; it must be at least 1")
+    if parsed.held_out < 0:
+        parser.error(f"argument --held-out: {parsed.held_out}; it must be at least 0")
     if parsed.sweeps < 2:
         parser.error(f"argument --sweeps: {parsed.sweeps}; it must be at least 2")
     if min(parsed.block_sizes) < 1:
@@ -113,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=arguments.seed,
         prompts=arguments.prompts,
         num_prompts=arguments.num_prompts,
+        num_held_out=arguments.held_out,
         max_new_tokens=arguments.max_new_tokens,
         block_length=arguments.block_length,
         num_blocks=arguments.blocks,

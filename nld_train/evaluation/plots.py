@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nld_train.evaluation.curves import AR_COLOR, DIFFUSION_COLOR, LINEAR_COLOR, QUADRATIC_COLOR
 from nld_train.evaluation.likelihood import LikelihoodResult
 from nld_train.evaluation.modes import ALL, WayRow
 from nld_train.evaluation.speed_of_light import LimitRow
@@ -11,8 +12,16 @@ from nld_train.evaluation.speed_of_light import LimitRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_AR, _DIFFUSION, _LINEAR, _QUADRATIC = "#1f5fa8", "#c8501e", "#3a8a3f", "#7a3f98"
-_COLORS = {"ar": _AR, "diffusion": _DIFFUSION, "linear": _LINEAR, "quadratic": _QUADRATIC}
+_COLORS = {"ar": AR_COLOR, "diffusion": DIFFUSION_COLOR, "linear": LINEAR_COLOR, "quadratic": QUADRATIC_COLOR}
+
+
+def figures(suite: str, result: Any) -> "dict[str, Figure]":
+    """The figures of a suite's result by name; the harness has none."""
+    if suite == "likelihood":
+        return {"likelihood": likelihood_bars(result)}
+    if suite == "decoding":
+        return {"threshold_curves": threshold_curves(result), "acceptance": acceptance_histograms(result)}
+    return {"speed_of_light": limit_bars(result)} if suite == "speed_of_light" else {}
 
 
 def threshold_curves(rows: Sequence[WayRow]) -> "Figure":
@@ -23,7 +32,9 @@ def threshold_curves(rows: Sequence[WayRow]) -> "Figure":
         chosen = [row for row in rows if row["category"] == category]
         sweep = [row for row in chosen if "threshold" in row["way"]]
         points = [(row["tokens_per_forward"], row["ar_nats_per_token"]) for row in sweep]
-        axes.plot(*zip(*points, strict=True), color=_DIFFUSION, marker="o", markersize=4, label="diffusion, thresholds")
+        axes.plot(
+            *zip(*points, strict=True), color=DIFFUSION_COLOR, marker="o", markersize=4, label="diffusion, thresholds"
+        )
         for row, point in zip(sweep, points, strict=True):
             axes.annotate(
                 f"{row['arguments']['threshold']:g}", point, fontsize=7, xytext=(3, 3), textcoords="offset points"
@@ -85,16 +96,19 @@ def likelihood_bars(result: LikelihoodResult) -> "Figure":
         names,
         [part["bits_per_byte"] for part in parts],
         yerr=[part["error_over_texts"] * part["bits_per_byte"] / part["nats_per_token"] for part in parts],
-        color=[_AR, *[_DIFFUSION] * len(result["diffusion"])],
+        color=[AR_COLOR, *[DIFFUSION_COLOR] * len(result["diffusion"])],
         capsize=3,
     )
     bars.set_ylabel("bits per byte")
     bars.tick_params(axis="x", labelrotation=30)
     for part in result["diffusion"]:
-        middles = [(bucket["low"] + bucket["high"]) / 2 for bucket in part["buckets"]]
-        losses = [bucket["nats_per_masked_token"] for bucket in part["buckets"]]
+        # One masked token in each whole block is 1/T of all masked; what is rarer is from blocks that are cut short.
+        rarest = max(bucket["num_masked"] for bucket in part["buckets"]) / (2 * part["block_size"])
+        buckets = [bucket for bucket in part["buckets"] if bucket["num_masked"] >= rarest]
+        middles = [(bucket["low"] + bucket["high"]) / 2 for bucket in buckets]
+        losses = [bucket["nats_per_masked_token"] for bucket in buckets]
         curve.plot(middles, losses, marker="o", markersize=3, label=f"blocks of {part['block_size']}")
-    curve.axhline(result["ar"]["nats_per_token"], color=_AR, linestyle="--", linewidth=1.0, label="AR")
+    curve.axhline(result["ar"]["nats_per_token"], color=AR_COLOR, linestyle="--", linewidth=1.0, label="AR")
     curve.set_xlabel("masked share of the block")
     curve.set_ylabel("nats per masked token")
     curve.legend(frameon=False, fontsize=7)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nld_train.errors import DataError
 from nld_train.training.metrics import RunMetrics, read_metrics
@@ -20,7 +22,7 @@ LOSSES = ("val_ar_loss", "val_diffusion_loss")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run: its resolved configuration, flattened to dotted keys, and its records.
+    """A run: its resolved configuration, flattened to dotted keys, and its records.
 
     One more key, ``stages``, holds the names of the stages.
     """
@@ -32,6 +34,15 @@ class Run:
     @property
     def seed(self) -> int:
         return int(self.settings["run.seed"])
+
+    @property
+    def stages(self) -> list[str]:
+        return str(self.settings["stages"]).split("+")
+
+    @property
+    def num_tokens(self) -> int:
+        """Clean tokens of all stages."""
+        return sum(int(self.settings[f"stages.{name}.tokens"]) for name in self.stages)
 
     def final(self, name: str) -> float:
         """The last validation's value; nan where it was not finite."""
@@ -75,25 +86,47 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def load_run(folder: Path) -> Run:
+    """Read a run's folder, that of a run under way, too.
+
+    Raises:
+        DataError: it has no configuration or no metrics of a step, or they are damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        what = "does not exist" if folder.is_dir() else f"does not exist: {folder} is not a folder"
+        raise DataError(str(path), what, "name folders of runs")
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        settings = {"stages": "+".join(tree["stages"])} | _flat(tree)
+        settings["run.seed"]
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(str(path), f"is not a run's configuration: {error}", "restore the file") from error
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not metrics.steps:
+        what = "holds no step record yet"
+        raise DataError(str(folder / "metrics.jsonl"), what, "wait until the run has logged its first step")
+    for record in (*metrics.steps, *metrics.validations):
+        if missing := [name for name in ("stage", "tokens") if name not in record]:
+            what = f"a record of step {record['step']} has no {' and no '.join(missing)}"
+            raise DataError(str(folder / "metrics.jsonl"), what, "remove that line, or restore the file")
+    return Run(folder, settings, metrics)
+
+
 def read_run(folder: Path) -> Run:
-    """Read one run's folder.
+    """Read one finished run's folder.
 
     Raises:
         DataError: it has no configuration, no metrics, or no validation, or is not finished.
     """
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise DataError(str(config), "does not exist", "name folders of runs")
-    metrics = read_metrics(folder / "metrics.jsonl")
-    if not metrics.validations:
+    run = load_run(folder)
+    if not run.metrics.validations:
         raise DataError(str(folder / "metrics.jsonl"), "holds no validation record", "wait until the run has validated")
-    tree: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    run = Run(folder, {"stages": "+".join(tree["stages"])} | _flat(tree), metrics)
-    num_tokens = sum(stage["tokens"] for stage in tree["stages"].values())
-    if metrics.steps[-1]["tokens"] < num_tokens:
+    done = run.metrics.steps[-1]["tokens"]
+    if done < run.num_tokens:
         raise DataError(
             str(folder),
-            f"is not finished: {metrics.steps[-1]['tokens']:,} tokens of {num_tokens:,}",
+            f"is not finished: {done:,} tokens of {run.num_tokens:,}",
             "finish the run (the same command goes on), or leave it out",
         )
     return run

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from nld_train.data.prepared import VALIDATION, PreparedCorpus, open_prepared
 from nld_train.errors import DataError
 from nld_train.evaluation import plots
 from nld_train.evaluation.decoding import load_export
-from nld_train.evaluation.likelihood import Likelihood, LikelihoodResult, measure_likelihood, tokenize
+from nld_train.evaluation.likelihood import LikelihoodResult, measure_likelihood, tokenize
 from nld_train.evaluation.modes import THRESHOLDS, WayRow, measure_ways, standard_ways
-from nld_train.evaluation.prompts import load_prompts
+from nld_train.evaluation.prompts import Prompt, load_prompts
 from nld_train.evaluation.speed_of_light import LimitRow, measure_limits
+from nld_train.evaluation.tables import tables_of
 from nld_train.training.data import prepare_blends
 
 SUITES = ("likelihood", "decoding", "speed_of_light", "harness")
+
+HELD_OUT_TOKENS = 64
+"""Of a held-out document: the prompt."""
 
 OnStep = Callable[[str, int], None]
 """Called with what is being done and how many steps of it there are in all, after each step."""
@@ -37,6 +42,8 @@ class Settings:
     Args:
         texts, corpora: of the likelihood; neither: the held-out documents of the run that the model lies in.
         prompts: JSONL files; empty: those that ship.
+        num_held_out: also continue so many held-out documents of each corpus, behind their first
+            :data:`HELD_OUT_TOKENS` tokens; of ``corpora``, or else of the run that the model lies in.
         block_length: of decoding; None: the model's block size.
         tasks, task_folder: of the harness.
     """
@@ -51,6 +58,7 @@ class Settings:
     seed: int = 1234
     prompts: Sequence[Path] = ()
     num_prompts: int | None = None
+    num_held_out: int = 0
     max_new_tokens: int = 64
     block_length: int | None = None
     thresholds: Sequence[float] = THRESHOLDS
@@ -102,7 +110,7 @@ def decoding(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: Settings, run: Path | None, on_step: OnStep
 ) -> list[WayRow]:
     """Every way of decoding on the prompts."""
-    prompts = load_prompts(tokenizer, settings.prompts or None, settings.num_prompts)
+    prompts = _prompts(tokenizer, settings, run)
     ways = standard_ways(settings.block_length or model.config.block_size, settings.thresholds)
     return measure_ways(
         model,
@@ -118,7 +126,7 @@ def speed_of_light(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: Settings, run: Path | None, on_step: OnStep
 ) -> list[LimitRow]:
     """The limits of denoising on the prompts."""
-    prompts = load_prompts(tokenizer, settings.prompts or None, settings.num_prompts)
+    prompts = _prompts(tokenizer, settings, run)
     total = len(prompts) * settings.num_blocks * len(settings.block_sizes)
     return measure_limits(
         model,
@@ -196,114 +204,9 @@ def evaluate(
         for suite in suites:
             result = _SUITES[suite](model, tokenizer, settings, run, on_step)
             _write_json(out / f"{suite}.json", _about(folder, model, settings), result)
-            _draw(suite, result, out)
-            yield suite, table(suite, result)
-
-
-def table(suite: str, result: Any) -> str:
-    """A suite's result as Markdown."""
-    if suite == "likelihood":
-        return _likelihood_table(result)
-    if suite == "decoding":
-        return _decoding_table(result)
-    if suite == "speed_of_light":
-        return _limit_table(result)
-    lines = [
-        [mode, task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
-        for mode, tasks in result.items()
-        for task, metrics in tasks.items()
-        for metric, value in metrics.items()
-    ]
-    return _markdown(["mode", "task", "metric", "value"], lines)
-
-
-def _likelihood_table(result: LikelihoodResult) -> str:
-    def line(name: str, part: Likelihood) -> list[str]:
-        return [
-            name,
-            f"{part['nats_per_token']:.4f}",
-            f"{part['error_over_texts']:.4f}",
-            f"{part['error_of_estimate']:.4f}",
-            f"{part['bits_per_token']:.4f}",
-            f"{part['nats_per_byte']:.4f}",
-            f"{part['bits_per_byte']:.4f}",
-        ]
-
-    lines = [line("AR", result["ar"])]
-    lines += [line(f"bound, blocks of {part['block_size']}", part) for part in result["diffusion"]]
-    header = ["", "nats/token", "± texts", "± masks", "bits/token", "nats/byte", "bits/byte"]
-    buckets = [
-        [
-            f"blocks of {part['block_size']}",
-            f"({bucket['low']:.1f}, {bucket['high']:.1f}]",
-            f"{bucket['nats_per_masked_token']:.4f}",
-            f"{bucket['num_masked']:,}",
-        ]
-        for part in result["diffusion"]
-        for bucket in part["buckets"]
-    ]
-    return "\n".join(
-        [
-            f"{result['num_tokens']:,} tokens, {result['num_bytes']:,} bytes of {result['num_sources']} documents",
-            "",
-            _markdown(header, lines),
-            "",
-            _markdown(["", "masked share", "nats/masked token", "masked tokens"], buckets),
-        ]
-    )
-
-
-def _decoding_table(rows: Sequence[WayRow]) -> str:
-    header = ["", "way", "tokens/forward", "acceptance", "agreement", "equal", "AR nats/token", "tokens/s"]
-    return _markdown(
-        header,
-        [
-            [
-                f"{row['category']} ({row['num_prompts']})",
-                row["way"],
-                f"{row['tokens_per_forward']:.2f}",
-                f"{row['acceptance']:.2f}",
-                f"{row['agreement']:.0%}",
-                f"{row['equals_ar']:.0%}",
-                f"{row['ar_nats_per_token']:.3f}",
-                f"{row['tokens_per_second']:.0f}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _limit_table(rows: Sequence[LimitRow]) -> str:
-    header = ["block", "sampler", "tokens/step", "tokens/forward", "ends as target", "violations/block", "over budget"]
-    return _markdown(
-        header,
-        [
-            [
-                str(row["block_length"]),
-                row["sampler"],
-                f"{row['acceptance']:.3f}",
-                f"{row['tokens_per_forward']:.3f}",
-                f"{row['target_share']:.0%}",
-                f"{row['violations_per_block']:.2f}",
-                f"{row['num_exhausted']} of {row['num_blocks']}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-
-
-def _draw(suite: str, result: Any, out: Path) -> None:
-    if suite == "likelihood":
-        plots.save(plots.likelihood_bars(result), out / "likelihood.png")
-    elif suite == "decoding":
-        plots.save(plots.threshold_curves(result), out / "threshold_curves.png")
-        plots.save(plots.acceptance_histograms(result), out / "acceptance.png")
-    elif suite == "speed_of_light":
-        plots.save(plots.limit_bars(result), out / "speed_of_light.png")
+            for name, figure in plots.figures(suite, result).items():
+                plots.save(figure, out / f"{name}.png")
+            yield suite, "\n\n".join(table.markdown() for table in tables_of(suite, result))
 
 
 def _about(folder: Path, model: Any, settings: Settings) -> dict[str, Any]:
@@ -324,6 +227,25 @@ def _write_json(path: Path, about: Mapping[str, Any], result: Any) -> None:
     temporary.replace(path)
 
 
+def _prompts(tokenizer: PreTrainedTokenizerBase, settings: Settings, run: Path | None) -> list[Prompt]:
+    """Those of files, then the beginnings of held-out documents, a category for each corpus."""
+    prompts = load_prompts(tokenizer, settings.prompts or None, settings.num_prompts)
+    if settings.num_held_out == 0:
+        return prompts
+    for name, corpus in _corpora(settings, run, "--held-out").items():
+        found: list[Prompt] = []
+        for document in _held_out(corpus):
+            token_ids = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+            if len(token_ids) > HELD_OUT_TOKENS and len(found) < settings.num_held_out:
+                prompt_ids = token_ids[:HELD_OUT_TOKENS]
+                found.append(Prompt(f"held-out {name}", str(tokenizer.decode(prompt_ids)), torch.tensor(prompt_ids)))
+        if not found:
+            what = f"no held-out document is longer than {HELD_OUT_TOKENS} tokens"
+            raise DataError(str(corpus.folder), what, "leave out --held-out, or name another corpus")
+        prompts += found
+    return prompts
+
+
 def _documents(settings: Settings, run: Path | None) -> list[str]:
     """The texts to be scored: files, or the held-out documents of corpora, the same number of each corpus."""
     documents = []
@@ -332,18 +254,40 @@ def _documents(settings: Settings, run: Path | None) -> list[str]:
             documents.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(str(path), f"cannot be read as UTF-8 text: {error}", "name text files") from error
-    corpora: list[PreparedCorpus] = [open_prepared(folder) for folder in settings.corpora]
-    if not documents and not corpora:
-        if run is None:
-            raise DataError(
-                "--text",
-                "no text to score: the model does not lie in the folder of a run",
-                "name text files with --text, or prepared corpora with --corpus",
-            )
-        corpora = list(prepare_blends(load_resolved(run / "config.yaml"), is_main=False).of_run.corpora)
-    for corpus in corpora:
-        tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder, local_files_only=True)
-        held_out = corpus.documents(VALIDATION)
-        for index in range(min(len(held_out), -(-settings.num_texts // len(corpora)))):
-            documents.append(str(tokenizer.decode(held_out.get(index).tolist(), skip_special_tokens=True)))
+    if not documents or settings.corpora:
+        corpora = _corpora(settings, run, "--text").values()
+        for corpus in corpora:
+            documents += islice(_held_out(corpus), -(-settings.num_texts // len(corpora)))
     return documents
+
+
+def _corpora(settings: Settings, run: Path | None, key: str) -> dict[str, PreparedCorpus]:
+    """The corpora whose held-out documents are read, by name: those that are named, or else the run's.
+
+    Args:
+        key: what asks for them.
+
+    Raises:
+        DataError: none is named, and the model does not lie in a run; or one cannot be read.
+    """
+    if settings.corpora:
+        return {folder.name: open_prepared(folder) for folder in settings.corpora}
+    if run is None:
+        raise DataError(
+            key,
+            "no corpus is named, and the model does not lie in the folder of a run",
+            "name prepared corpora with --corpus (or text files with --text, for the likelihood)",
+        )
+    entries = prepare_blends(load_resolved(run / "config.yaml"), is_main=False).of_run.entries
+    return {
+        entry.name if len(entry.corpora) == 1 else f"{entry.name}/{corpus.folder.name}": corpus
+        for entry in entries
+        for corpus in entry.corpora
+    }
+
+
+def _held_out(corpus: PreparedCorpus) -> Iterator[str]:
+    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_folder, local_files_only=True)
+    documents = corpus.documents(VALIDATION)
+    for index in range(len(documents)):
+        yield str(tokenizer.decode(documents.get(index).tolist(), skip_special_tokens=True))

@@ -65,7 +65,7 @@ def test_commands(session):
     for message in ("'cubic' is not a valid", "'/set x 1': no such command", "'/nothing': no such command"):
         assert message in shown
     assert "threshold: 7.0; it is a probability" in shown
-    # What was refused is no part of the conversation, and a reset ends it.
+    # A reset ends the conversation.
     assert [message["content"] for message in session.messages if message["role"] == "user"] == ["new"]
     assert len(session.messages[1]["content"]) == 3
 
@@ -85,3 +85,36 @@ def test_without_a_terminal_only_the_answer_is_printed(session):
     session.answer("ab")
     assert OPEN not in plain.getvalue()
     assert "\x1b" not in plain.getvalue()
+
+
+def test_what_is_refused_or_interrupted_is_no_part_of_the_conversation(session, monkeypatch):
+    shown = feed(session, "first", "/set threshold 7", "refused", "/set threshold 1", "/set top_k 2.5", "/set top_k 2")
+    assert "error: threshold: 7.0" in shown
+    assert "error: invalid literal for int() with base 10: '2.5'" in shown
+    assert session.settings["top_k"] == 2
+    kept = list(session.messages)
+    assert [message["content"] for message in kept if message["role"] == "user"] == ["first"]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._model, "generate", interrupt)
+    shown = feed(session, "stopped", "/mode ar", "second")
+    assert "(stopped)" in shown
+    assert session.messages[: len(kept)] == kept
+    assert [message["content"] for message in session.messages if message["role"] == "user"] == ["first", "second"]
+
+
+def test_the_prompt_names_the_mode_and_the_template_opens_an_answer(session):
+    asked, lines = [], ["/mode linear", "/quit"]
+
+    def read(prompt):
+        asked.append(prompt)
+        return lines.pop(0)
+
+    session.run(read)
+    assert asked == ["[diffusion] > ", "[linear] > "]
+    session._tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    assert session._prompt([{"role": "user", "content": "ab"}]) == "<ab>A:"

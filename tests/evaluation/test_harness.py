@@ -138,14 +138,15 @@ def test_registered_as_nld(export, task_folder):
     assert found["results"]["local_generation"]["exact_match,none"] == 0.5
 
 
-@needs_lm_eval
-def test_windows_stop_strings_and_long_contexts(export):
+def request(*arguments):
     from lm_eval.api.instance import Instance
 
-    from nld_train.evaluation.harness import NLDHarnessModel
+    return Instance(request_type="", doc={}, arguments=arguments, idx=0)
 
-    def request(*arguments):
-        return Instance(request_type="", doc={}, arguments=arguments, idx=0)
+
+@needs_lm_eval
+def test_windows_stop_strings_and_long_contexts(export):
+    from nld_train.evaluation.harness import NLDHarnessModel
 
     whole = NLDHarnessModel(str(export), max_length=64)
     cut = NLDHarnessModel(str(export), max_length=8)
@@ -165,14 +166,103 @@ def test_windows_stop_strings_and_long_contexts(export):
     [free] = whole.generate_until([request("abc", {"until": [], "max_gen_toks": 20})])
     [stopped] = whole.generate_until([request("abc", {"until": free[5:7], "max_gen_toks": 20})])
     assert stopped == free[: free.find(free[5:7])]
+    [first] = whole.generate_until([request("abc", {"until": [free[9], free[4]], "max_gen_toks": 20})])
+    assert first == free[: min(free.find(free[9]), free.find(free[4]))]
     [tail] = cut.generate_until([request(text, {"max_gen_toks": 3})])
     assert tail == whole.generate_until([request(text[-5:], {"max_gen_toks": 3})])[0]
+    [scored] = cut.loglikelihood([request(text, "uv")])
+    assert scored == whole.loglikelihood([request(text[-6:], "uv")])[0]
+    assert scored != whole.loglikelihood([request(text, "uv")])[0]
     with pytest.raises(ValueError, match="penalty_alpha"):
         whole.generate_until([request("abc", {"penalty_alpha": 1})])
     with pytest.raises(ValueError, match="max_gen_toks: 8"):
         cut.generate_until([request("abc", {"max_gen_toks": 8})])
     with pytest.raises(ValueError, match="batch_size: 4"):
         NLDHarnessModel(str(export), batch_size=4)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "linear", "quadratic"])
+def test_generation_is_the_modes_own(export, mode):
+    from nld_train.evaluation.decoding import continue_prompt
+    from nld_train.evaluation.harness import NLDHarnessModel
+    from nld_train.evaluation.modes import count_forwards
+
+    adapter = NLDHarnessModel(str(export), mode, block_length=4, threshold=0.2)
+    model, tokenizer = adapter._model, adapter.tokenizer
+    with torch.no_grad():  # printable characters only: what is said can be read again
+        model.diffusion_head.weight[:8] = 0.0
+        model.diffusion_head.weight[8 + 94 :] = 0.0
+    expected = continue_prompt(model, tokenizer, "abc", mode, max_new_tokens=20, block_length=4, threshold=0.2)
+
+    def say(**arguments):
+        return adapter.generate_until([request("abc", {"max_gen_toks": 20, **arguments})])[0]
+
+    with count_forwards(model) as count:
+        assert say() == tokenizer.decode(expected["token_ids"], skip_special_tokens=True)
+    assert count == [expected["num_forwards"]]
+    assert say(temperature=1.5, do_sample=False) == say(temperature=1.5, top_k=1) == say()
+    assert say(temperature=1.5) == say(temperature=1.5) != say()  # the same seed each time
+    assert (
+        say(temperature=1.5)
+        != NLDHarnessModel(
+            model=model, tokenizer=tokenizer, mode=mode, block_length=4, threshold=0.2, seed=7
+        ).generate_until([request("abc", {"max_gen_toks": 20, "temperature": 1.5})])[0]
+    )
+    # The continuation that this mode decodes is the one called greedy; another one is not, and none is.
+    said = expected["text"][:6]
+    assert tokenizer(said).input_ids == expected["token_ids"][: len(said)]
+    flags = [greedy for _, greedy in adapter.loglikelihood([request("abc", s) for s in (said, said[::-1], "")])]
+    assert flags == [True, False, True]
+    # It ends at the tokenizer's eos token.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(expected["token_ids"][7])
+    ended = tokenizer.decode(expected["token_ids"][: expected["token_ids"].index(expected["token_ids"][7]) + 1])
+    assert say() == ended
+
+
+@needs_lm_eval
+def test_diffusion_likelihood_is_the_bound(export):
+    """All masked sets of a block of two tokens, without a cache."""
+    from nld_train.evaluation.harness import NLDHarnessModel
+    from nld_train.evaluation.likelihood import sample_bound
+    from nld_train.evaluation.reader import CleanPrefix
+
+    adapter = NLDHarnessModel(str(export), "diffusion", block_length=4, num_sweeps=400)
+    context, wanted = adapter.tokenizer("abcde").input_ids, adapter.tokenizer("fg").input_ids
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril()
+    allowed[5:, 5:] = True
+
+    def losses(*masked):
+        noisy = [5 if place in masked else token for place, token in enumerate(wanted)]
+        with torch.no_grad():
+            logits = adapter._model(torch.tensor([context + noisy]), attention_mask=allowed[None, None]).logits[0, 5:]
+        logits[:, 5] = -math.inf
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(wanted), reduction="none").tolist()
+
+    one, both = [losses(0)[0], losses(1)[1]], losses(0, 1)
+    [(score, _)] = adapter.loglikelihood([request("abcde", "fg")])
+    error = abs(one[0] - one[1]) / 2 / math.sqrt(400)
+    assert 0 < error < 0.05 * abs(score)
+    assert score == pytest.approx(-(sum(one) + sum(both)) / 2, abs=3 * error)
+    # Blocks are counted from the end of the context: the same masks, drawn there.
+    prefix, ids = CleanPrefix(adapter._model), torch.tensor(context + wanted)
+    prefix.read(ids)
+    masks = torch.Generator().manual_seed(1234)
+    sample = sample_bound(adapter._model, prefix, ids, 4, 400, masks, first=5, num_given=5)
+    assert score == -sample.nats.mean(dim=0).sum().item()
+
+
+@needs_lm_eval
+def test_chat_template(export):
+    from nld_train.evaluation.harness import NLDHarnessModel
+
+    adapter = NLDHarnessModel(str(export))
+    adapter.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    history = [{"role": "user", "content": "ab"}]
+    assert adapter.apply_chat_template(history) == "<ab>A:"
+    assert adapter.apply_chat_template(history, add_generation_prompt=False) == "<ab>"
 
 
 @needs_lm_eval

@@ -217,6 +217,28 @@ def test_speculation_equals_ar(make_model, method, seed, std):
         assert num_forwards == counter.num_calls <= (2 if method == "linear_spec_generate" else 1) * num_new
 
 
+@pytest.mark.long
+def test_speculation_equals_ar_on_200_distinct_prompts(half_agreeing_model):
+    """fp32, one model, of whose drafts some are right; forwards are counted from outside."""
+    model, counter = half_agreeing_model, Counter(half_agreeing_model)
+    prompts = [prompt_of(2 + i % 12, 1000 + i) for i in range(200)]
+    assert len({tuple(prompt[0].tolist()) for prompt in prompts}) == 200
+    assert model.dtype == torch.float32
+    total = dict.fromkeys(SPECULATION, 0)
+    for prompt in prompts:
+        expected, _ = model.ar_generate(prompt, 12)
+        for method in SPECULATION:
+            counter.num_calls = 0
+            output_ids, num_forwards = getattr(model, method)(prompt, 12)
+            assert torch.equal(output_ids, expected)
+            assert num_forwards == counter.num_calls
+            total[method] += num_forwards
+    print(f"forwards for {200 * 12} tokens: {total}")
+    # Without a single draft kept it would be 2 N - 1 and N for each prompt.
+    assert total["linear_spec_generate"] < 200 * 23
+    assert total["quadratic_spec_generate"] < 200 * 12
+
+
 class Uncached(modeling._Session):
     """Compares every evaluation with one of the whole sequence, without a cache, row by row what each may see."""
 
@@ -460,6 +482,41 @@ def transformers_processors(temperature, top_k=None, top_p=None, repetition_pena
     return found + ([TopPLogitsWarper(top_p)] if top_p else [])
 
 
+def test_a_draft_behind_a_refused_one_is_not_kept():
+    """The rule where chance has nothing to say: p 0 refuses, and what q has too much of does not come instead."""
+    torch.manual_seed(0)
+    q = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    p = torch.tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = [modeling._speculative_sample(torch.tensor([0, 1]), q, p) for _ in range(40)]
+    assert {num_kept for num_kept, _ in found} == {0}
+    assert {int(following) for _, following in found} == {1, 2}
+    p[0] = torch.tensor([0.5, 0.5, 0.0])
+    found = {
+        (n, int(following))
+        for n, following in (modeling._speculative_sample(torch.tensor([0, 1]), q, p) for _ in range(40))
+    }
+    assert found == {(0, 1), (2, 2)}
+
+
+@pytest.mark.parametrize("method", SPECULATION)
+def test_drafts_are_drawn_from_what_they_are_held_against(half_agreeing_model, monkeypatch, method):
+    """Processed drafts and verifier alike: with top-k no draft and no target lies outside of the two best."""
+    honest, num_drafts = modeling._speculative_sample, 0
+
+    def watched(drafts, q, p):
+        nonlocal num_drafts
+        num_drafts += len(drafts)
+        assert (q > 0).sum(dim=1).tolist() == [2] * len(drafts)
+        assert (p > 0).sum(dim=1).tolist() == [2] * (len(drafts) + 1)
+        assert (q.gather(1, drafts[:, None]) > 0).all()
+        return honest(drafts, q, p)
+
+    monkeypatch.setattr(modeling, "_speculative_sample", watched)
+    torch.manual_seed(0)
+    getattr(half_agreeing_model, method)(prompt_of(5), 30, temperature=3.0, top_k=2)
+    assert num_drafts > 20
+
+
 def keep_every_draft(drafts, q, p):
     return len(drafts), p[len(drafts)].multinomial(1)[0]
 
@@ -614,8 +671,9 @@ def test_thinking_budget_inside_agreeing_drafts(constant_model):
         arguments = {"max_new_tokens": 20, "max_thinking_tokens": budget, "end_think_token_id": 62}
         expected, _ = constant_model.ar_generate(prompt_of(5), **arguments)
         assert expected[0, 5:].tolist() == [9] * budget + [62] + [9] * (19 - budget)
-        output_ids, _ = constant_model.linear_spec_generate(prompt_of(5), block_length=8, **arguments)
-        assert torch.equal(output_ids, expected)
+        for method in SPECULATION:
+            output_ids, _ = getattr(constant_model, method)(prompt_of(5), block_length=8, **arguments)
+            assert torch.equal(output_ids, expected)
 
 
 def test_thinking_budget(make_model):
@@ -628,9 +686,10 @@ def test_thinking_budget(make_model):
         new_ids = output_ids[0, 5:].tolist()
         assert num_forwards == 20
         assert new_ids[: budget + 1] == [*free[:budget], end_think]
-        linear_ids, num_forwards = model.linear_spec_generate(prompt, **arguments)
-        assert torch.equal(linear_ids, output_ids)
-        assert num_forwards <= 41
+        for method in SPECULATION:
+            again_ids, num_forwards = getattr(model, method)(prompt, **arguments)
+            assert torch.equal(again_ids, output_ids)
+            assert num_forwards <= 41
         free = model.generate(prompt, max_new_tokens=20)[0][0, 5:].tolist()
         assert end_think not in free
         place = math.ceil(budget / BLOCK) * BLOCK  # the first block after the budget

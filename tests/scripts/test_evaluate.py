@@ -3,10 +3,18 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from nld_train.data.corpora import CorpusText, Document
+from nld_train.data.prepare import prepare_text
+from nld_train.data.prepared import TRAIN, VALIDATION
+from nld_train.errors import DataError
+from nld_train.evaluation import suites
+from nld_train.evaluation.prompts import CATEGORIES
 from nld_train.testing.exports import make_model, quiet_and_single_threaded, write_export, write_tokenizer
 
 __all__ = ["make_model", "quiet_and_single_threaded", "write_export"]
@@ -99,6 +107,36 @@ def test_a_training_checkpoint_gives_what_its_export_gives(make_model, write_exp
     assert results[0]["diffusion"][0]["nats_per_token"] == results[1]["diffusion"][0]["nats_per_token"]
 
 
+def test_held_out_documents(export, tmp_path, monkeypatch):
+    """They are the validation part's alone: prompts are the beginnings of those that are long enough."""
+    texts = [f"Document {number}, which goes on for a while: " + "so it does, " * (number % 5) for number in range(60)]
+    documents = tuple(Document(name=str(number), text=text) for number, text in enumerate(texts))
+    corpus = prepare_text(
+        CorpusText(name="numbers", source="made up", documents=documents, num_skipped=0),
+        vocab_size=300,
+        validation_fraction=0.3,
+        cache_dir=tmp_path,
+    )
+    own = AutoTokenizer.from_pretrained(corpus.tokenizer_folder)
+    parts = {
+        part: [own.decode(ids.get(index).tolist(), skip_special_tokens=True) for index in range(len(ids))]
+        for part in (TRAIN, VALIDATION)
+        for ids in [corpus.documents(part)]
+    }
+    assert sorted(parts[TRAIN] + parts[VALIDATION]) == sorted(texts)
+    settings = suites.Settings(corpora=[corpus.folder], num_prompts=1, num_held_out=3, num_texts=4)
+    prompts = suites._prompts(AutoTokenizer.from_pretrained(export), settings, None)
+    assert [prompt.category for prompt in prompts] == [*CATEGORIES, *[f"held-out {corpus.folder.name}"] * 3]
+    long = [text for text in parts[VALIDATION] if len(text) > 64]  # one token for each byte
+    assert [prompt.text for prompt in prompts[4:]] == [text[:64] for text in long[:3]]
+    assert all(len(prompt.token_ids) == 64 for prompt in prompts[4:])
+    assert len(suites._prompts(AutoTokenizer.from_pretrained(export), replace(settings, num_held_out=0), None)) == 4
+    assert suites._documents(settings, None) == parts[VALIDATION][:4]
+    monkeypatch.setattr(suites, "HELD_OUT_TOKENS", 1000)
+    with pytest.raises(DataError, match="no held-out document is longer than 1000 tokens"):
+        suites._prompts(own, settings, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -111,6 +149,8 @@ def test_a_training_checkpoint_gives_what_its_export_gives(make_model, write_exp
         ),
         (["--model", "{export}", "--suite", "decoding", "--thresholds", "1.5"], 1, "threshold: 1.5"),
         (["--model", "{export}", "--suite", "decoding", "--prompts", "{folder}/p.jsonl"], 1, "p.jsonl: is not a file"),
+        (["--model", "{export}", "--suite", "decoding", "--held-out", "2"], 1, "--held-out: no corpus is named"),
+        (["--model", "{export}", "--suite", "decoding", "--held-out", "-1"], 2, "--held-out: -1"),
         (["--model", "{export}", "--suite", "likelihood", "--sweeps", "1"], 2, "--sweeps: 1"),
         (["--model", "{export}", "--suite", "decoding", "--eos", "x"], 2, "--eos: 'x'"),
         (["--model", "{export}", "--suite", "decoding", "--device", "abacus"], 1, "--device: 'abacus'"),

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nld_train.errors import DataError
-from nld_train.training.metrics import Lap, encode_record, step_record, validation_record
+from nld_train.evaluation import curves
+from nld_train.training.metrics import Lap, encode_record, read_metrics, step_record, validation_record
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_metrics.py"
 STEPS = {"ar": 200, "joint": 200}
@@ -92,16 +93,16 @@ def test_draws_both_losses(tmp_path: Path, plot_metrics: ModuleType) -> None:
     assert sorted(file.name for file in run_dir.iterdir()) == ["metrics.jsonl", "metrics.png"]
     pixels = _pixels(path)
     assert pixels.shape[:2] == (900, 1350)
-    both = (_share(pixels, plot_metrics.AR_COLOR), _share(pixels, plot_metrics.DIFFUSION_COLOR))
+    both = (_share(pixels, curves.AR_COLOR), _share(pixels, curves.DIFFUSION_COLOR))
     assert min(both) > 1e-3, both
     ar_only = [record for record in synthetic_records() if record["stage"] == "ar" and "val_ar_loss" not in record]
     path = plot_metrics.plot_run(write_run(tmp_path / "ar", ar_only))
-    assert _share(_pixels(path), plot_metrics.DIFFUSION_COLOR) == 0.0
+    assert _share(_pixels(path), curves.DIFFUSION_COLOR) == 0.0
 
 
-def test_figure_says_what_it_shows(plot_metrics: ModuleType, tmp_path: Path) -> None:
+def test_figure_says_what_it_shows(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, synthetic_records())
-    figure = plot_metrics.draw(plot_metrics.read_metrics(run_dir / "metrics.jsonl"), "a title")
+    figure = curves.draw_run(read_metrics(run_dir / "metrics.jsonl"), "a title")
     losses, rate = figure.axes
     assert figure.get_suptitle() == "a title"
     assert losses.get_ylabel() == "loss (nats per token)"
@@ -123,7 +124,7 @@ def test_figure_says_what_it_shows(plot_metrics: ModuleType, tmp_path: Path) -> 
     assert np.quantile(curve, 0.85) < top
 
 
-def test_smooth(plot_metrics: ModuleType) -> None:
+def test_smooth() -> None:
     """Against the window written out point by point."""
     draw = random.Random(1)
     for length, half_width in ((1, 0), (1, 5), (7, 0), (7, 2), (50, 4), (5, 50)):
@@ -133,9 +134,9 @@ def test_smooth(plot_metrics: ModuleType) -> None:
             reach = min(index, half_width)
             window = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
             expected.append(sum(window) / len(window) if window else math.nan)
-        assert plot_metrics.smooth(values, half_width).tolist() == pytest.approx(expected, nan_ok=True, abs=1e-12)
+        assert curves.smooth(values, half_width).tolist() == pytest.approx(expected, nan_ok=True, abs=1e-12)
     line = [3.0 - 0.5 * index for index in range(20)]
-    assert plot_metrics.smooth(line, 3)[:-3] == pytest.approx(line[:-3]), "a straight line is kept: no lag"
+    assert curves.smooth(line, 3)[:-3] == pytest.approx(line[:-3]), "a straight line is kept: no lag"
 
 
 def test_non_finite_and_torn_records_are_drawn_around(tmp_path: Path, plot_metrics: ModuleType) -> None:
