@@ -8,6 +8,9 @@ before anything heavy.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+EXIT_RESTART = 75
+"""Exit status of a run that is to be started again (EX_TEMPFAIL): stopped with a checkpoint, stalled, a rank lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

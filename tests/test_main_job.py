@@ -1,16 +1,12 @@
 """The main job through its own command: both stages, kill and resume, layouts, export."""
 
 import fcntl
-import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -18,61 +14,25 @@ import torch
 from safetensors.torch import load_file
 
 from nld_train.checkpoint.convert import exported_step
-from nld_train.training.metrics import TIMING_FIELDS
-
-ROOT = Path(__file__).parent.parent
-ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the layouts need more ranks than a machine may have GPUs
-BATCH, LENGTH = 4, 32
-STEPS = {"ar": 6, "joint": 10}
-
-OVERRIDES = [
-    "model.num_layers=4",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=48",
-    "model.num_attention_heads=2",
-    "model.num_key_value_heads=2",
-    "model.head_dim=16",
-    "model.vocab_size=512",
-    f"data.sequence_length={LENGTH}",
-    "objective.block_size=8",
-    f"train.global_batch_size={BATCH}",
-    "train.micro_batch_size=2",
-    "train.validation_interval=4",
-    "train.validation_samples=8",
-    *(f"stages.{name}.tokens={steps * BATCH * LENGTH}" for name, steps in STEPS.items()),
-    "checkpoint.interval_steps=3",
-    "checkpoint.interval_seconds=0",
-    "export.max_new_tokens=8",
-]
+from nld_train.checkpoint.manager import complete_checkpoints
+from nld_train.errors import EXIT_RESTART
+from nld_train.testing.jobs import (
+    BATCH,
+    LENGTH,
+    STEPS,
+    Job,
+    group_is_alive,
+    last_step,
+    records,
+    same_export,
+    train,
+)
+from nld_train.training.callbacks.heartbeat import read_heartbeat
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-def command(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, "train.py", f"run.dir={run_dir}", f"data.cache_dir={cache}", *OVERRIDES, *extra]
-
-
-def train(run_dir: Path, cache: Path, *extra: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(run_dir, cache, *extra, ranks=ranks),
-        cwd=ROOT,
-        env=ON_CPU,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -140,52 +100,20 @@ def test_starting_a_finished_run_says_so(undisturbed: Path, cache: Path) -> None
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-def same_export(one: Path, other: Path) -> None:
-    tensors, others = load_file(one / "hf/model.safetensors"), load_file(other / "hf/model.safetensors")
-    assert set(tensors) == set(others)
-    for name, tensor in tensors.items():
-        assert tensor.dtype == others[name].dtype
-        assert torch.equal(tensor, others[name]), name
-
-
-def start_and_kill(run_dir: Path, cache: Path, output: Path, is_time: Callable[[], bool]) -> None:
-    """Start the job, kill -9 its main process when ``is_time()``, and see that nothing of it stays behind."""
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            command(run_dir, cache), cwd=ROOT, env=ON_CPU, stdout=file, stderr=file, start_new_session=True
-        )
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and process.poll() is None and not is_time():
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, output.read_text()
-    while group_is_alive(process.pid):  # loader workers look after their parent every few seconds
-        assert time.monotonic() < deadline, "a process of the killed run stays behind"
-        time.sleep(0.1)
-
-
-def group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("kill_after_step", [4, pytest.param(11, marks=pytest.mark.long)])
 def test_kill_and_resume_is_bit_exact(undisturbed: Path, cache: Path, tmp_path: Path, kill_after_step: int) -> None:
     """kill -9 in the middle of a stage, after a checkpoint; then the same command again."""
     run_dir = tmp_path / "killed"
-    metrics = run_dir / "metrics.jsonl"
-    start_and_kill(
-        run_dir,
-        cache,
-        tmp_path / "output",
-        lambda: metrics.exists() and f'"step": {kill_after_step},' in metrics.read_text(),
-    )
+    with Job(run_dir, cache, "checkpoint.asynchronous=false", output=tmp_path / "output") as job:
+        job.wait_for_step(kill_after_step)
+        job.processes[0].kill()  # alone: its loader workers end with it
+        job.processes[0].wait()
+        deadline = time.monotonic() + 10
+        while group_is_alive(job.processes[0].pid):
+            assert time.monotonic() < deadline, "a process of the killed run stays behind"
+            time.sleep(0.05)
     assert list((run_dir / "checkpoints").glob("step_*"))
-    with metrics.open("a") as file:
+    with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # the torn line of a process that died while it wrote
     result = train(run_dir, cache)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -193,24 +121,35 @@ def test_kill_and_resume_is_bit_exact(undisturbed: Path, cache: Path, tmp_path: 
     same_export(run_dir, undisturbed)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1500)
-def test_random_kills_are_bit_exact(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
-    """Killed again and again, at random moments of start-up, steps and saves, until one start comes to the end."""
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    random = Random(seed)
-    run_dir = tmp_path / "killed"
-    for _ in range(12):
-        moment = time.monotonic() + random.uniform(3, 9)
-        try:
-            start_and_kill(run_dir, cache, tmp_path / "output", lambda moment=moment: time.monotonic() > moment)
-        except AssertionError:  # it was faster than the knife
-            break
+def test_a_stopped_run_goes_on_also_from_the_checkpoint_before(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """Stopped by Slurm's warning; then the newest checkpoint rots, and the one before is used: the same end."""
+    run_dir = tmp_path / "stopped"
+    with Job(run_dir, cache, output=tmp_path / "output") as job:
+        job.wait_for_step(3)
+        job.processes[0].send_signal(signal.SIGUSR1)
+        assert job.statuses(timeout=60) == [EXIT_RESTART], job.output.read_text()
+    assert heartbeat(run_dir)["state"] == "stopped"
+    older, newest = complete_checkpoints(run_dir / "checkpoints")
+    assert newest.name == f"step_{last_step(run_dir):08d}"
+    assert not list((run_dir / "checkpoints").glob(".incomplete*"))
+    data = bytearray((newest / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 16
+    (newest / "__0_0.distcp").write_bytes(data)
+
     result = train(run_dir, cache)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
+    assert f"{newest} is damaged and not used" in result.stdout
+    assert "__0_0.distcp has another checksum" in result.stdout
+    assert f"resumes after step {int(older.name[5:])} of" in result.stdout
+    assert (heartbeat(run_dir)["state"], heartbeat(run_dir)["restarts"]) == ("finished", 1)
     assert records(run_dir) == records(undisturbed)
     same_export(run_dir, undisturbed)
+
+
+def heartbeat(run_dir: Path) -> dict[str, Any]:
+    found = read_heartbeat(run_dir)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -296,3 +235,5 @@ def test_a_diverged_run_stops_before_it_saves(cache: Path, tmp_path: Path) -> No
     assert last["loss"] is None or last["grad_norm"] is None
     saved = [int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step_*")]
     assert all(step < last["step"] for step in saved)
+    assert heartbeat(tmp_path)["state"] == "failed"
+    assert "TrainingError" in heartbeat(tmp_path)["message"]

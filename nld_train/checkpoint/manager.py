@@ -1,40 +1,45 @@
 """Save and resume: what a checkpoint of a run holds, and the rule that a checkpoint is whole or absent.
 
 ``checkpoints/step_00001000/`` holds Megatron's distributed checkpoint (weights, optimizer state, in shards that load at
-another parallel layout) and ``checkpoint.json`` (what it is, readable without torch). It is written under a temporary
-name and renamed when everything is on disk, so a folder with the final name is complete.
+another parallel layout), ``checkpoint.json`` (what it is, readable without torch) and ``checksums.txt``. It is written
+under a temporary name and renamed when everything is on disk, so a folder with the final name is complete. A run goes
+on from the newest one whose files have their checksums.
 
 No random-number state is kept: noise and sample order are pure functions of (seed, place in the stream) and the model
 has no dropout, so step and seed say it all.
 """
 
+import contextlib
 import json
+import math
 import os
-import queue
+import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
 import megatron.core
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
+from nld_train.checkpoint.checksums import CHECKSUM_FILE, Checksum, damage, read_checksums, write_checksums
 from nld_train.checkpoint.headers import check_numbers
+from nld_train.checkpoint.sharded import SHARDING_TYPE, FileWriting, Written, rank_state, write_common_files
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
-from nld_train.errors import CheckpointError
+from nld_train.errors import CheckpointError, NLDError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 INFO_FILE = "checkpoint.json"
 _PREFIX = "step_"
 _TEMPORARY_PREFIX = ".incomplete_"
+_DAMAGED_PREFIX = "damaged_"
 
 
 def _sharding() -> dict[str, Any]:
@@ -43,7 +48,7 @@ def _sharding() -> dict[str, Any]:
     One key per layer (not one stacked tensor), so that a single layer can be read alone; optimizer state that loads
     at any tensor x pipeline x data parallel layout.
     """
-    return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+    return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": SHARDING_TYPE}
 
 
 def _weights(chunks: Sequence[DistributedDataParallel]) -> dict[str, dict[str, Any]]:
@@ -119,12 +124,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         raise CheckpointError(str(path), f"cannot be read: {error}", "use an older checkpoint of the run") from error
     if not isinstance(raw, dict):
         raise _damaged(path, f"holds a {type(raw).__name__}, not an object")
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            str(path),
-            f"format_version is {raw.get('format_version')!r}, expected {FORMAT_VERSION}",
-            "read it with the version of nld_train that wrote it",
-        )
+    _check_version(raw, path)
     expected = {item.name for item in fields(CheckpointInfo)}
     if set(raw) != expected:
         raise _damaged(path, f"keys differ from the format: {sorted(set(raw) ^ expected)}")
@@ -141,6 +141,15 @@ def read_info(folder: Path) -> CheckpointInfo:
     return CheckpointInfo(**(raw | {"model": model}))
 
 
+def _check_version(raw: dict[str, Any], path: Path) -> None:
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            str(path),
+            f"format_version is {raw.get('format_version')!r}, expected {FORMAT_VERSION}",
+            "read it with the version of nld_train that wrote it",
+        )
+
+
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(str(path), reason, "use an older checkpoint of the run")
 
@@ -155,40 +164,27 @@ def info_to_dict(info: CheckpointInfo) -> dict[str, Any]:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """All complete checkpoints of a run, oldest first."""
     found = [path for path in directory.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(_PREFIX) :])
+
+
+def best_checkpoints(checkpoints: Sequence[Path], metric: str) -> list[Path]:
+    """Those with a value of the metric (of a validation in their own step), the lowest first."""
+    values: list[tuple[float, Path]] = []
+    for path in checkpoints:
+        with contextlib.suppress(CheckpointError):  # damaged: not the best of anything
+            value = read_info(path).metrics.get(metric)
+            values += [(value, path)] if isinstance(value, float) and math.isfinite(value) else []
+    return [path for _, path in sorted(values)]
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run; None where there is none."""
     found = complete_checkpoints(directory)
     return found[-1] if found else None
-
-
-def save_sharded(folder: Path, state: dict[str, Any], info: CheckpointInfo) -> None:
-    """Write ``folder`` whole: every rank its shards, rank 0 the info, then one rename. Collective."""
-    is_main = dist.get_rank() == 0
-    # A name of its own each time: Megatron writes in a forked process, which may outlive a killed run for a moment and
-    # must not meet the files of the run that was started again.
-    name = [f"{_TEMPORARY_PREFIX}{folder.name}_{secrets.token_hex(4)}"]
-    dist.broadcast_object_list(name, src=0)
-    temporary = folder.parent / name[0]
-    if is_main:
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    # Megatron hands the result of a write back through a server process, which outlives a killed run for ever. A save
-    # that is waited for needs no more than a queue in this process.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)  # one file per rank
-    dist_checkpointing.save(state, str(temporary), strategy, validate_access_integrity=True)
-    dist.barrier()
-    if is_main:
-        write_info(temporary, info)
-        sync_path(temporary)
-        if folder.exists():  # the same step again, from a run that was started over
-            _remove(folder)
-        temporary.rename(folder)
-        sync_path(folder.parent)
-    dist.barrier()
 
 
 def _remove(folder: Path) -> None:
@@ -198,6 +194,14 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody takes it for one."""
+    aside = checkpoint.with_name(f"{_DAMAGED_PREFIX}{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
+
+
 def _cause(error: BaseException) -> str:
     """What went wrong on the first rank that failed, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -205,49 +209,213 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What became of a save, the same on every rank: where it is, or why there is none."""
+
+    step: int
+    folder: Path
+    error: str | None
+
+
+@dataclass(slots=True)
+class _Saving:
+    """A save under way: this rank's file, and what rank 0 adds."""
+
+    folder: Path
+    temporary: Path
+    info: CheckpointInfo
+    common: dict[str, Any]
+    writing: FileWriting
+
+
 class CheckpointManager:
-    """Checkpoints of one run.
+    """Checkpoints of one run. One save is under way at a time.
 
     Args:
         directory: ``checkpoints`` in the run's folder.
-        config: how many to keep.
+        config: how they are written, and which are kept.
+        group: of all ranks, for CPU objects; None: the default group.
+        progress: called when a piece of a file was read or written, from any thread.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        group: dist.ProcessGroup | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory = directory
         self.config = config
+        self._group = group
+        self._progress = progress
+        self._saving: _Saving | None = None
+        self._token = ""
 
-    def latest(self) -> Path | None:
-        """Newest complete checkpoint, the same answer on every rank (rank 0 looks). Collective."""
-        answer: list[Path | None] = [latest_checkpoint(self.directory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(answer, src=0)
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """Newest checkpoint that is complete and undamaged, the same answer on every rank. Collective.
+
+        A damaged one is renamed to ``damaged_step_*``, for somebody to look at.
+
+        Returns:
+            the checkpoint (None where there is none at all), and for each damaged one what is wrong with it.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged, or one is of another version.
+        """
+        damaged: list[str] = []
+        for checkpoint in reversed(self._from_main(lambda: complete_checkpoints(self.directory))):
+            found = self._damage(checkpoint)
+            if not found:
+                return checkpoint, damaged
+            moved = self._from_main(partial(_set_aside, checkpoint))
+            damaged.append(f"{checkpoint} is damaged and not used, now {moved.name}: {'; '.join(found)}")
+        if damaged:
+            raise CheckpointError(
+                str(self.directory),
+                "no checkpoint is undamaged: " + " | ".join(damaged),
+                "restore one from a copy; to start anew, use another run.dir",
+            )
+        return None, damaged
+
+    def _from_main(self, function: Callable[[], Any]) -> Any:
+        """What rank 0 finds. Collective."""
+        answer = [function() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
         return answer[0]
 
-    def save(
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with the files of a checkpoint. Each rank reads some, the one that it loads first of all: the
+        machine has it in memory then. Collective."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        try:
+            expected = read_checksums(checkpoint)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError, ValueError):  # of a version without checksums: that is no damage
+                _check_version(json.loads((checkpoint / INFO_FILE).read_text()), checkpoint / INFO_FILE)
+            found = [f"{CHECKSUM_FILE} is missing"]
+        except (OSError, ValueError) as error:
+            found = [f"{CHECKSUM_FILE} is not readable: {error}"]
+        else:
+            found = []
+            for name, checksum in expected.items():
+                writer = re.match(r"__(\d+)_", name)
+                if int(writer[1] if writer else 0) % world_size == rank:
+                    problem = damage(checkpoint / name, checksum)
+                    found += [problem] if problem is not None else []
+                    self._progress()
+        of_ranks: list[list[str]] = [[]] * world_size
+        dist.all_gather_object(of_ranks, found, group=self._group)
+        return list(dict.fromkeys(problem for problems in of_ranks for problem in problems))
+
+    def begin(
         self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, info: CheckpointInfo
-    ) -> Path:
-        """Save after ``info.step`` steps, then remove what ``keep_last`` no longer keeps. Collective.
+    ) -> None:
+        """Begin a save of the state after ``info.step`` steps; :meth:`finish` ends it. Collective.
+
+        With ``checkpoint.asynchronous`` it returns when the state is copied to host memory, and a thread writes on.
 
         Args:
             chunks: this rank's part of the model.
             optimizer: has made at least one step (its state does not exist before); None: weights only.
         """
-        folder = self.directory / f"{_PREFIX}{info.step:08d}"
+        if self._saving is not None:
+            raise RuntimeError(f"a save of step {self._saving.info.step} is under way: finish it first")
         for chunk in chunks:
             if chunk.ddp_config.overlap_param_gather:
                 # Updated weights are gathered in the next forward pass; until then a rank has only its share of them.
                 chunk.start_param_sync(force_sync=True)
-        weights = _weights(chunks)
-        state: dict[str, Any] = {"model": weights}
-        if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=_sharding())
-        save_sharded(folder, state, info)
-        if dist.get_rank() == 0:
-            for old in complete_checkpoints(self.directory)[: -self.config.keep_last]:
-                _remove(old)
-            for leftover in self.directory.glob(f"{_TEMPORARY_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        return folder
+        # A name of its own for each start of the run: what a killed one left must not mix with its files.
+        self._token = self._token or self._from_main(lambda: secrets.token_hex(4))
+        folder = self.directory / f"{_PREFIX}{info.step:08d}"
+        temporary = self.directory / f"{_TEMPORARY_PREFIX}{folder.name}_{self._token}"
+        state = rank_state(_weights(chunks), optimizer)
+        if self.config.asynchronous:
+            state = state.copied()
+        writing = FileWriting(temporary, state, in_background=self.config.asynchronous, progress=self._progress)
+        self._saving = _Saving(folder, temporary, info, state.common, writing)
+
+    @property
+    def is_saving(self) -> bool:
+        """A save is under way, or waits to be finished."""
+        return self._saving is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """This rank's file is not complete yet."""
+        return self._saving is not None and not self._saving.writing.is_done
+
+    def finish(self, when_ready: Callable[[], None] = lambda: None) -> SaveResult:
+        """End the save that :meth:`begin` began: wait for the files of all ranks, name the checkpoint, and remove those
+        that need not be kept. Collective.
+
+        A save that failed leaves nothing behind, and the other checkpoints as they were.
+
+        Args:
+            when_ready: called on rank 0 when everything is written, before the checkpoint gets its name; where it
+                raises an NLDError the save has failed.
+        """
+        assert self._saving is not None
+        saving, self._saving = self._saving, None
+        written = saving.writing.result()
+        of_ranks: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(written, of_ranks, dst=0, group=self._group)
+        error = self._from_main(lambda: self._complete(saving, of_ranks or [], when_ready))
+        return SaveResult(saving.info.step, saving.folder, error)
+
+    def save(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, info: CheckpointInfo
+    ) -> Path:
+        """:meth:`begin` and :meth:`finish`. Collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.begin(chunks, optimizer, info)
+        result = self.finish()
+        if result.error is not None:
+            raise CheckpointError(str(result.folder), result.error, "free space or fix the folder, then start again")
+        return result.folder
+
+    def _complete(self, saving: _Saving, of_ranks: list[Written], when_ready: Callable[[], None]) -> str | None:
+        """Rank 0, when all files are there: the common ones, the checksums, the name; what went wrong, if something."""
+        errors = [written.error for written in of_ranks if written.error is not None]
+        try:
+            if errors:
+                raise OSError("; ".join(errors))
+            checksums = write_common_files(saving.temporary, saving.common, of_ranks)
+            for written in of_ranks:
+                checksums |= written.checksums
+            write_info(saving.temporary, saving.info)
+            checksums[INFO_FILE] = Checksum.of(saving.temporary / INFO_FILE)
+            write_checksums(saving.temporary, checksums)
+            sync_path(saving.temporary)
+            when_ready()
+            if saving.folder.exists():  # the same step again, from a run that was started over
+                _remove(saving.folder)
+            saving.temporary.rename(saving.folder)
+            sync_path(self.directory)
+        except (OSError, ValueError, NLDError) as error:
+            shutil.rmtree(saving.temporary, ignore_errors=True)
+            return str(error)
+        self._remove_old()
+        return None
+
+    def _remove_old(self) -> None:
+        """Those that no rule keeps, and what killed runs left."""
+        found = complete_checkpoints(self.directory)
+        kept = set(found[-self.config.keep_last :])
+        if self.config.keep_interval:
+            kept |= {path for path in found if _step(path) % self.config.keep_interval == 0}
+        if self.config.keep_best:
+            kept |= set(best_checkpoints(found, self.config.best_metric)[: self.config.keep_best])
+        for path in found:
+            if path not in kept:
+                with contextlib.suppress(OSError):  # what cannot be removed now is tried again after the next save
+                    _remove(path)
+        for leftover in self.directory.glob(f"{_TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def load(
         self, folder: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None

@@ -8,6 +8,7 @@ machine's page cache to others, and the final sync has little left to wait for.
 import mmap
 import os
 import pickle
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from nld_train.checkpoint.checksums import Checksum
 from nld_train.errors import CheckpointError
 
 _PIECE = 64 << 20  # bytes written between two requests to the disk
@@ -43,12 +45,21 @@ class StreamedFile:
 
     Args:
         path: does not exist, or is replaced.
+        has_checksum: compute the CRC-32 of what is written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, has_checksum: bool = False) -> None:
         self.path = path
         self._file = path.open("wb", buffering=0)
         self.size = 0
+        self._has_checksum = has_checksum
+        self._crc32 = 0
+
+    @property
+    def checksum(self) -> Checksum:
+        """Of a file written with ``has_checksum``."""
+        assert self._has_checksum
+        return Checksum(self._crc32, self.size)
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +77,8 @@ class StreamedFile:
         num_bytes = rest.nbytes
         while rest.nbytes:
             written = self._file.write(rest[:_PIECE]) or 0
+            if self._has_checksum:
+                self._crc32 = zlib.crc32(rest[:written], self._crc32)
             before, self.size = self.size, self.size + written
             if before // _PIECE != self.size // _PIECE and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file.fileno(), 0, self.size, os.POSIX_FADV_DONTNEED)
@@ -81,7 +94,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-class _ObjectWriter:
+class ObjectWriter:
     """Appends objects in ``torch.save``'s form; keeps the cause of a failed write, which torch hides."""
 
     def __init__(self, file: StreamedFile) -> None:
@@ -104,6 +117,15 @@ class _ObjectWriter:
         """Append one object; where it lies in the file."""
         start = self._file.size
         torch.save(value, self)  # type: ignore[arg-type]
+        return self._place(start)
+
+    def append(self, saved: bytes) -> _StorageInfo:
+        """Append what ``torch.save`` made of an object; where it lies in the file."""
+        start = self._file.size
+        self.write(saved)
+        return self._place(start)
+
+    def _place(self, start: int) -> _StorageInfo:
         if self._cause is not None:
             raise self._cause
         return _StorageInfo(self._file.path.name, start, self._file.size - start)
@@ -129,7 +151,7 @@ def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
     with StreamedFile(folder / "__0_0.distcp") as file:
-        objects = _ObjectWriter(file)
+        objects = ObjectWriter(file)
         for layer in range(num_layers):
             for module in _EXTRA_STATE_OF:
                 name = f"decoder.layers.{layer}.{module}._extra_state/shard_0_1"
@@ -148,7 +170,7 @@ def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num
     with StreamedFile(folder / ".metadata") as file:
         file.write(pickle.dumps(metadata))
     with StreamedFile(folder / "common.pt") as file:
-        _ObjectWriter(file).save({})
+        ObjectWriter(file).save({})
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 

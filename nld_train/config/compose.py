@@ -138,7 +138,7 @@ def load_resolved(path: Path | str) -> Config:
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str], run: Callable[[Config], None]) -> int:
+def main(argv: Sequence[str], run: Callable[[Config], int]) -> int:
     """The command line of ``train.py``.
 
     A plain run is composed and checked, then handed to ``run`` outside of Hydra. ``--help``, ``--cfg``, ``--info`` and
@@ -147,10 +147,10 @@ def main(argv: Sequence[str], run: Callable[[Config], None]) -> int:
 
     Args:
         argv: arguments without the program's name.
-        run: trains; called once at most, with a validated configuration.
+        run: trains, and returns the exit status; called once at most, with a validated configuration.
 
     Returns:
-        The exit status: 0, 1 (a run failed), 2 (the configuration is refused), 130 (interrupted).
+        The exit status: 0, 1 (a run failed), 2 (the configuration is refused), 75 (start it again), 130 (interrupted).
     """
     configs: list[Config] = []
     failed_jobs: list[str] = []
@@ -181,10 +181,10 @@ def main(argv: Sequence[str], run: Callable[[Config], None]) -> int:
     return EXIT_OK
 
 
-def _guarded(run: Callable[[Config], None], config: Config) -> int:
+def _guarded(run: Callable[[Config], int], config: Config) -> int:
     """Run, and turn the errors that a user can act on into text and an exit status."""
     try:
-        run(config)
+        return run(config)
     except NLDError as error:
         # Unlike a refused command line, this can be the trouble of one rank: a missing GPU, a damaged file.
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ and launched_world_size() > 1 else ""
@@ -193,7 +193,6 @@ def _guarded(run: Callable[[Config], None], config: Config) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return EXIT_OK
 
 
 def _source(arguments: Any) -> Source:

@@ -195,6 +195,8 @@ class TrainConfig:
     validation_interval: int = 100  # steps; also at the first and the last step of every stage
     validation_samples: int = 64  # sequences, the same ones each time
     term_norm_interval: int = 0  # steps between gradient norms of each loss term, at twice a step's cost; 0: never
+    stall_timeout: float = 900.0  # seconds without progress of a rank until the run is ended; 0: never
+    stop_timeout: float = 300.0  # seconds from a signal to the end of the step; then the run ends without saving
 
 
 @dataclass(slots=True, kw_only=True)
@@ -266,7 +268,11 @@ class StageConfig:
 class CheckpointConfig:
     interval_steps: int = 1000  # save at least this often; 0: not by steps
     interval_seconds: float = 0.0  # and at least this often by the clock; 0: not by time
+    asynchronous: bool = True  # a step waits only for the copy to host memory (as much as a rank stores)
     keep_last: int = 2  # complete checkpoints kept
+    keep_interval: int = 0  # steps; those of multiples are kept as well; 0: none
+    keep_best: int = 0  # as well, of those with a validation in their own step, that many with the lowest best_metric
+    best_metric: str = "val_ar_loss"  # of validation records
 
 
 @dataclass(slots=True, kw_only=True)

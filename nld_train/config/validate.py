@@ -414,6 +414,8 @@ def _stages(config: Config) -> Iterable[Problem]:
 
 def _checkpoint_export_wandb(config: Config) -> Iterable[Problem]:
     yield from at_least(config, 0, "checkpoint.interval_steps", "checkpoint.interval_seconds")
+    yield from at_least(config, 0, "checkpoint.keep_interval", "checkpoint.keep_best", "train.stall_timeout")
+    yield from above_zero(config, "train.stop_timeout")
     yield from at_least(config, 1, "checkpoint.keep_last", "export.max_new_tokens")
     if config.checkpoint.interval_steps == 0 and config.checkpoint.interval_seconds == 0:
         yield Problem(

@@ -3,7 +3,12 @@
 B sequences in a micro-batch, L tokens in a sequence. Everything in a batch is on the CPU.
 """
 
+import atexit
+import contextlib
+import ctypes
 import itertools
+import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from nld_train.data.dataset import SampleSource
 from nld_train.errors import ConfigError, DataError, Problem
 from nld_train.objective.noise import Corruption, NoiseSpec, corrupt
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +131,7 @@ class TrainLoader:
             num_workers=self._num_workers,
             # Forked workers start at once, with the files already mapped; torch gives each a single thread.
             multiprocessing_context="fork",
+            worker_init_fn=_live_and_die_with_the_rank,
             # Its own generator: the default one would be advanced, differently in a run that was resumed.
             generator=torch.Generator(),
         )
@@ -171,6 +179,24 @@ class _MicroBatches(Dataset[LoaderBatch | Problem]):
             if self._noise is None
             else corrupt(tokens, positions, self._noise, is_supervised, document_starts),
         )
+
+
+def _live_and_die_with_the_rank(_worker: int) -> None:
+    """Signals that a launcher sends to all processes of a job mean the rank, which ends its workers when it is time;
+    when it is killed, the kernel ends them with it."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: they look after their parent every few seconds
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Before multiprocessing asks the workers that are left to end, and waits: they do not listen to that signal."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 # The arrays of a batch by name; those of its noisy rows are prefixed.

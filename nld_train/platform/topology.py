@@ -51,7 +51,16 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_ranks(platform: Platform, timeout: timedelta = timedelta(minutes=10)) -> None:
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Until a collective gives up; rank 0 may prepare a corpus while the others wait."""
+
+
+def global_rank() -> int:
+    """This process's number in the launch, before torch.distributed has started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_ranks(platform: Platform, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     """Start torch.distributed, unless that was done.
 
     A single process needs no launcher and no free port: it meets itself in an in-memory store.
@@ -67,7 +76,7 @@ def join_ranks(platform: Platform, timeout: timedelta = timedelta(minutes=10)) -
 
 
 def initialize_topology(
-    parallel: ParallelConfig, platform: Platform, *, seed: int, timeout: timedelta = timedelta(minutes=10)
+    parallel: ParallelConfig, platform: Platform, *, seed: int, timeout: timedelta = COLLECTIVE_TIMEOUT
 ) -> Topology:
     """Start torch.distributed (also for one process) and Megatron's process groups, and seed its RNG tracker."""
     join_ranks(platform, timeout)
@@ -76,6 +85,7 @@ def initialize_topology(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=int(timeout.total_seconds() // 60),
     )
     # Megatron's tracker must exist before modules are built; weights are drawn elsewhere (model.build), by name.
     torch.manual_seed(seed)
@@ -102,9 +112,11 @@ def shutdown_topology() -> None:
 
 
 @contextmanager
-def topology_of(parallel: ParallelConfig, platform: Platform, *, seed: int) -> Iterator[Topology]:
+def topology_of(
+    parallel: ParallelConfig, platform: Platform, *, seed: int, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> Iterator[Topology]:
     """:func:`initialize_topology` for the length of a ``with`` block."""
-    topology = initialize_topology(parallel, platform, seed=seed)
+    topology = initialize_topology(parallel, platform, seed=seed, timeout=timeout)
     try:
         yield topology
     finally:

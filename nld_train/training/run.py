@@ -2,23 +2,32 @@
 
 import shutil
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
-from nld_train.config.compose import save_resolved, to_dict
+from nld_train.config.compose import EXIT_BAD_CONFIG, EXIT_FAILED, save_resolved, to_dict
 from nld_train.config.schema import Config, ParallelConfig, Precision
 from nld_train.config.validate import notices
+from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_chunks
 from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import Platform, initialize_device
-from nld_train.platform.topology import Topology, topology_of
+from nld_train.platform.topology import (
+    COLLECTIVE_TIMEOUT,
+    Topology,
+    global_rank,
+    topology_of,
+    world_size_from_environment,
+)
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
 from nld_train.training.data import open_data, prepare_blends, prepare_chats
@@ -26,13 +35,18 @@ from nld_train.training.layout import resolve_layout
 from nld_train.training.optimizer import build_optimizer, choose_adam
 from nld_train.training.run_folder import check_same_data, find_resume_point, lock_run_folder, make_folder
 from nld_train.training.stages import Stage, plan_stages, stage_of_step
+from nld_train.training.stopping import StepAgreement
+from nld_train.training.supervision import Supervisor
 from nld_train.training.trainer import Trainer
 
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Train, resume or finish the run that ``config`` describes; export it at the end.
+
+    Returns:
+        0, or EXIT_RESTART where a signal has stopped it: the same command goes on.
 
     Raises:
         NLDError: something in the configuration, the data or a checkpoint cannot be used.
@@ -40,77 +54,99 @@ def run(config: Config) -> None:
     platform = initialize_device(config.train.device)
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
-    try:
-        config, layout_lines = resolve_layout(config, platform)
-        with topology_of(config.parallel, platform, seed=config.run.seed) as topology:
-            is_main = topology.is_main
-            run_dir = Path(config.run.dir)
-            if is_main:
-                make_folder("run.dir", run_dir)
-                make_folder("data.cache_dir", Path(config.data.cache_dir))
-                lock_run_folder(run_dir)
-            stages = plan_stages(config)
-            manager = CheckpointManager(run_dir / "checkpoints", config.checkpoint)
-            resume = find_resume_point(manager, config, stages)
-            blends = prepare_blends(config, is_main=is_main)
-            chats = prepare_chats(config, blends.tokenizer_folder, is_main=is_main)
-            if resume is not None:
-                check_same_data(resume.info, blends.of_stages, chats, stages, resume.checkpoint)
-            start_step = resume.info.step if resume is not None else 0
-            is_finished = start_step == stages[-1].last_step
-            if is_main and not is_finished:
-                save_resolved(config, run_dir / "config.yaml")
-                shutil.copytree(blends.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
-            sources, validation, chat_validations = open_data(config, blends, chats, stages)
-            if not is_finished:
-                stage = stage_of_step(stages, start_step + 1)
-                first_sample = stage.consumed_samples(start_step + 1)
-                sources[stage.name].build_index(first_sample, first_sample + stage.global_batch_size)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * config.train.stall_timeout))  # the watchdog comes first
+    with Supervisor(config, global_rank(), world_size_from_environment()) as supervisor:
+        try:
+            config, layout_lines = resolve_layout(config, platform)
+            with topology_of(config.parallel, platform, seed=config.run.seed, timeout=timeout) as topology:
+                is_main = topology.is_main
+                cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+                supervisor.peers.connect(cpu_group)
+                run_dir = Path(config.run.dir)
+                stages = plan_stages(config)
+                if is_main:
+                    make_folder("run.dir", run_dir)
+                    make_folder("data.cache_dir", Path(config.data.cache_dir))
+                    lock_run_folder(run_dir)
+                    supervisor.heartbeat.start(stages[-1].last_step)
+                manager = CheckpointManager(
+                    run_dir / "checkpoints", config.checkpoint, cpu_group, progress=supervisor.watchdog.mark
+                )
+                resume, damaged = find_resume_point(manager, config, stages)
+                blends = prepare_blends(config, is_main=is_main)
+                chats = prepare_chats(config, blends.tokenizer_folder, is_main=is_main)
+                if resume is not None:
+                    check_same_data(resume.info, blends.of_stages, chats, stages, resume.checkpoint)
+                start_step = resume.info.step if resume is not None else 0
+                is_finished = start_step == stages[-1].last_step
+                if is_main and not is_finished:
+                    save_resolved(config, run_dir / "config.yaml")
+                    shutil.copytree(blends.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
+                sources, validation, chat_validations = open_data(config, blends, chats, stages)
+                if not is_finished:
+                    stage = stage_of_step(stages, start_step + 1)
+                    first_sample = stage.consumed_samples(start_step + 1)
+                    sources[stage.name].build_index(first_sample, first_sample + stage.global_batch_size)
 
-            dtype = _DTYPES[config.train.precision]
-            models = build_chunks(
-                config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
-            )
-            if config.init.hf_path is not None and resume is None:
-                load_hf_weights(models, config.model, Path(config.init.hf_path))
-            chunks = [
-                wrap_data_parallel(model, **overlap(config.parallel, platform), is_first_chunk=model is models[0])
-                for model in models
-            ]
-            optimizer = build_optimizer(config.optim, chunks, dtype)
-            connect(chunks, optimizer)
-            if resume is not None:
-                manager.load(resume.checkpoint, chunks, optimizer)
+                dtype = _DTYPES[config.train.precision]
+                models = build_chunks(
+                    config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
+                )
+                if config.init.hf_path is not None and resume is None:
+                    load_hf_weights(models, config.model, Path(config.init.hf_path))
+                chunks = [
+                    wrap_data_parallel(model, **overlap(config.parallel, platform), is_first_chunk=model is models[0])
+                    for model in models
+                ]
+                optimizer = build_optimizer(config.optim, chunks, dtype)
+                connect(chunks, optimizer)
+                if resume is not None:
+                    manager.load(resume.checkpoint, chunks, optimizer)
 
-            if is_main:
-                callbacks = build_callbacks(config)
-            callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
-            for line in [*layout_lines, *notices(config)]:
-                callbacks.on_message(line)
-            trainer = Trainer(
-                config=config,
-                topology=topology,
-                device=platform.device,
-                stages=stages,
-                chunks=chunks,
-                optimizer=optimizer,
-                sources=sources,
-                validation=validation,
-                chat_validations=chat_validations,
-                chat_hashes={name: chat.content_hash for name, chat in chats.items()},
-                manager=manager,
-                callbacks=callbacks,
-                blends={name: blend.describe() for name, blend in blends.of_stages.items()},
-                start_step=start_step,
-            )
-            checkpoint = trainer.train() or (resume.checkpoint if resume is not None else None)
-        # The process groups are gone: no other rank waits, with a timeout, for what rank 0 still has to do.
-        if is_finished:
-            callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
-        if is_main and checkpoint is not None:
-            finish(config, checkpoint, callbacks)
-    finally:
-        callbacks.on_run_end()
+                if is_main:
+                    callbacks = build_callbacks(config)
+                callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
+                for line in [*layout_lines, *notices(config), *damaged]:
+                    callbacks.on_message(line)
+                trainer = Trainer(
+                    config=config,
+                    topology=topology,
+                    device=platform.device,
+                    stages=stages,
+                    chunks=chunks,
+                    optimizer=optimizer,
+                    sources=sources,
+                    validation=validation,
+                    chat_validations=chat_validations,
+                    chat_hashes={name: chat.content_hash for name, chat in chats.items()},
+                    manager=manager,
+                    callbacks=callbacks,
+                    blends={name: blend.describe() for name, blend in blends.of_stages.items()},
+                    supervisor=supervisor,
+                    agreement=StepAgreement(cpu_group),
+                    start_step=start_step,
+                )
+                with supervisor.watchdog, supervisor.signals.deferred():
+                    result = trainer.train()
+                supervisor.peers.tell("done")
+            # The process groups are gone: no other rank waits, with a timeout, for what rank 0 still has to do.
+            if result.is_stopped:
+                words = f"stopped by {supervisor.signals.requested or 'a signal to another rank'}"
+                callbacks.on_message(f"{words} after step {result.last_step}; the same command goes on from there")
+                supervisor.heartbeat.state("stopped", words)
+                return EXIT_RESTART
+            if is_finished:
+                callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
+            checkpoint = result.checkpoint or (resume.checkpoint if resume is not None else None)
+            if is_main and checkpoint is not None:
+                finish(config, checkpoint, callbacks)
+            supervisor.heartbeat.state("finished")
+            return 0
+        except BaseException as error:
+            supervisor.failed(error, EXIT_BAD_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
+            raise
+        finally:
+            callbacks.on_run_end()
 
 
 def overlap(parallel: ParallelConfig, platform: Platform) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,26 +44,32 @@ _FIXED_AFTER_A_STAGE = ("tokens", "blend", "chat", "sequence_length", "global_ba
 _FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
 
 
+_LOCK_SECONDS = 5.0  # a killed run may take a moment to be gone
+
+
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """The newest complete checkpoint of a run."""
+    """The newest complete and undamaged checkpoint of a run."""
 
     checkpoint: Path
     info: CheckpointInfo
 
 
-def find_resume_point(manager: CheckpointManager, config: Config, stages: tuple[Stage, ...]) -> ResumePoint | None:
-    """Where the run goes on; None for a fresh one. Collective.
+def find_resume_point(
+    manager: CheckpointManager, config: Config, stages: tuple[Stage, ...]
+) -> tuple[ResumePoint | None, list[str]]:
+    """Where the run goes on (None for a fresh one), and what to say of damaged checkpoints. Collective.
 
     Raises:
         ConfigError: the configuration describes another run than the checkpoint's.
+        CheckpointError: all checkpoints are damaged.
     """
-    checkpoint = manager.latest()
+    checkpoint, damaged = manager.latest()
     if checkpoint is None:
-        return None
+        return None, damaged
     info = read_info(checkpoint)
     check_resumable(info, config, stages, checkpoint)
-    return ResumePoint(checkpoint, info)
+    return ResumePoint(checkpoint, info), damaged
 
 
 def make_folder(key: str, path: Path) -> None:
@@ -84,22 +91,28 @@ def lock_run_folder(run_dir: Path) -> None:
     A record lock and not flock: loader workers are forked and would inherit the latter.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, and goes on to hold it.
     """
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # kept open for the life of the process
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            failure = error
         os.close(descriptor)
         raise ConfigError(
             [
                 Problem(
                     "run.dir",
-                    f"{run_dir} is in use by another run ({error.strerror})",
+                    f"{run_dir} is in use by another run ({failure.strerror})",
                     "wait for it or stop it, or use another run.dir",
                 )
             ]
-        ) from error
+        ) from failure
 
 
 def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, ...], checkpoint: Path) -> None:

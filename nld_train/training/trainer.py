@@ -2,23 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager
+from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, SaveResult
 from nld_train.config.compose import to_dict
 from nld_train.config.schema import Config, DocumentMask, ObjectiveConfig, Sampler, Stratify
 from nld_train.data.dataset import SampleSource, SizedSource
 from nld_train.data.loader import LoaderBatch, TrainLoader
-from nld_train.errors import TrainingError
+from nld_train.errors import CheckpointError, TrainingError
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import NoiseSpec, num_noisy_rows
 from nld_train.objective.normalize import means, shares
@@ -29,6 +28,8 @@ from nld_train.training.optimizer import gradient_norm, reset_moments, set_hyper
 from nld_train.training.schedule import learning_rate
 from nld_train.training.stages import Stage, tokens_at
 from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, row_multiple, run_microbatches
+from nld_train.training.stopping import Agreed, StepAgreement
+from nld_train.training.supervision import Supervisor
 
 VALIDATION_SEED = 0x76616C  # validation noise is the same in every run, stage and step
 
@@ -41,6 +42,16 @@ class _StepResult:
     lr: float
     grad_norm: float
     term_norms: dict[str, float]
+    agreed: Agreed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How the loop ended: the newest checkpoint that it wrote (None: none), and whether a signal stopped it."""
+
+    checkpoint: Path | None
+    last_step: int
+    is_stopped: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +73,8 @@ class Trainer:
         callbacks: listeners; nobody on every rank but 0.
         blends: what each stage that reads corpora reads, by its name; remembered in checkpoints.
         chat_hashes: content of the conversations of each stage with chat, remembered, too.
+        supervisor: is told of progress, and knows of signals.
+        agreement: of all ranks, after each step.
         start_step: steps already done.
     """
 
@@ -78,11 +91,17 @@ class Trainer:
     callbacks: Callback
     blends: Mapping[str, Mapping[str, Any]]
     chat_hashes: Mapping[str, str]
+    supervisor: Supervisor
+    agreement: StepAgreement
     start_step: int = 0
 
-    def train(self) -> Path | None:
-        """Run all remaining steps. Returns the last checkpoint written here (None when nothing was left to do)."""
-        newest: Path | None = None
+    def train(self) -> TrainResult:
+        """Run all remaining steps, or those until a signal asks to stop.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        newest: SaveResult | None = None
         clock = StepClock(self.start_step, tokens_at(self.stages, self.start_step))
         saved_at = time.monotonic()
         final_step = self.stages[-1].last_step
@@ -91,25 +110,52 @@ class Trainer:
                 continue
             first = max(stage.first_step, self.start_step + 1)
             self.callbacks.on_stage_start(stage.info())
+            self.supervisor.heartbeat.step(first - 1, stage.name)
             if stage.config.reset_optimizer and first == stage.first_step:
                 reset_moments(self.optimizer)
             with clock.paused():
-                data = clock.waiting(iter(self._train_loader(stage, first)))
+                data = clock.waiting(self._watched(self._train_loader(stage, first)))
             for step in range(first, stage.last_step + 1):
-                result = self._step(stage, step, data)
+                result = self._step(stage, step, data, saved_at)
                 logs = step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step)
-                saves = step == final_step or self._saves_at(step, saved_at)
+                is_last = step == final_step or result.agreed.stops
+                saves = is_last or result.agreed.saves or self._saves_at(step)
                 record = self._record(stage, step, result) if logs or saves else {}
                 if logs:
                     self.callbacks.on_step(step_record(lap=clock.lap(step, stage.tokens_at(step)), **record))
                 self._check_finite(step, result.grad_norm)
+                self.supervisor.heartbeat.step(step, stage.name)
                 with clock.paused():
+                    validation: dict[str, Any] = {}
                     if self._validates_at(stage, step):
-                        self.callbacks.on_validation(self._validate(stage, step))
+                        validation = self._validate(stage, step)
+                        self.callbacks.on_validation(validation)
+                    if self.manager.is_saving and (saves or not result.agreed.is_writing):
+                        newest = self._finish_save() or newest
                     if saves:
-                        newest = self._save(stage, step, record)
                         saved_at = time.monotonic()
-        return newest
+                        self._begin_save(stage, step, record, validation)
+                        if is_last or not self.config.checkpoint.asynchronous:
+                            newest = self._finish_save() or newest
+                if result.agreed.stops and step != final_step:
+                    return TrainResult(
+                        checkpoint=newest.folder if newest is not None else None, last_step=step, is_stopped=True
+                    )
+        if self.start_step < final_step and (newest is None or newest.step != final_step):
+            raise CheckpointError(
+                str(self.manager.directory),
+                f"the checkpoint of the last step, {final_step}, could not be written",
+                "free space, then start the run again: it goes on from the checkpoint before",
+            )
+        return TrainResult(
+            checkpoint=newest.folder if newest is not None else None, last_step=final_step, is_stopped=False
+        )
+
+    def _watched(self, data: Iterable[LoaderBatch]) -> Iterator[LoaderBatch]:
+        """The same micro-batches; each is progress."""
+        for batch in data:
+            self.supervisor.watchdog.mark()
+            yield batch
 
     def _train_loader(self, stage: Stage, first_step: int) -> TrainLoader:
         return TrainLoader(
@@ -150,8 +196,8 @@ class Trainer:
             num_rows=None if noisy_rows is None else noisy_rows + stage.sequence_length,
         )
 
-    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch]) -> "_StepResult":
-        """One optimizer step."""
+    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch], saved_at: float) -> "_StepResult":
+        """One optimizer step, and what the ranks agree on meanwhile."""
         train = self.config.train
         shape = self._shape(stage)
         weights = LossWeights(ar=stage.config.ar_loss_weight, diffusion=stage.config.diffusion_loss_weight)
@@ -165,8 +211,17 @@ class Trainer:
         lr = learning_rate(stage.step_in_stage(step), stage.num_steps, stage.config)
         set_hyperparameters(self.optimizer, self.config.optim, lr)
         terms = self._accumulate(data, shape, weights)
+        # On a GPU the backward pass is still under way here: nobody waits for the answer.
+        self.agreement.begin(
+            stops=self.supervisor.signals.requested is not None,
+            saves=self.topology.is_main and self._is_time_to_save(saved_at),
+            is_writing=self.manager.is_writing,
+        )
         grad_norm = step_with_norm(self.optimizer, self.config.optim)
-        return _StepResult(terms=terms, lr=lr, grad_norm=grad_norm, term_norms=term_norms)
+        agreed = self.agreement.end()
+        if agreed.stops:
+            self.supervisor.signals.agreed()
+        return _StepResult(terms=terms, lr=lr, grad_norm=grad_norm, term_norms=term_norms, agreed=agreed)
 
     def _accumulate(self, data: Iterator[LoaderBatch], shape: StepShape, weights: LossWeights) -> LossTerms:
         """Gradients of one global batch, from zero."""
@@ -253,7 +308,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.eval()
         terms = run_microbatches(
-            iter(loader),
+            self._watched(loader),
             self.chunks,
             StepShape(
                 num_microbatches=loader.num_micro_batches,
@@ -270,19 +325,15 @@ class Trainer:
         values = means(reduce_terms(terms), diffusion_loss_weight=1.0)
         return {"ar_loss": values["ar_loss"], "diffusion_loss": values["diffusion_loss"]}
 
-    def _saves_at(self, step: int, saved_at: float) -> bool:
-        """Due by steps, or by rank 0's clock (the same answer on every rank)."""
-        checkpoint = self.config.checkpoint
-        if checkpoint.interval_steps and step % checkpoint.interval_steps == 0:
-            return True
-        if not checkpoint.interval_seconds:
-            return False
-        due = torch.tensor([time.monotonic() - saved_at >= checkpoint.interval_seconds], device=self.device)
-        if self.topology.world_size > 1:
-            dist.broadcast(due, src=0)
-        return bool(due.item())
+    def _saves_at(self, step: int) -> bool:
+        interval = self.config.checkpoint.interval_steps
+        return interval > 0 and step % interval == 0
 
-    def _save(self, stage: Stage, step: int, record: dict[str, Any]) -> Path:
+    def _is_time_to_save(self, saved_at: float) -> bool:
+        seconds = self.config.checkpoint.interval_seconds
+        return seconds > 0 and time.monotonic() - saved_at >= seconds
+
+    def _begin_save(self, stage: Stage, step: int, record: dict[str, Any], validation: Mapping[str, Any]) -> None:
         parallel = self.config.parallel
         info = CheckpointInfo(
             step=step,
@@ -298,11 +349,25 @@ class Trainer:
                 "data_parallel_size": self.topology.data_parallel_size,
             },
             config=to_dict(self.config),
-            metrics={**record["means"], "lr": record["lr"], "grad_norm": record["grad_norm"]},
+            metrics={
+                **record["means"],
+                "lr": record["lr"],
+                "grad_norm": record["grad_norm"],
+                **{name: value for name, value in validation.items() if name.startswith("val_")},
+            },
             tokenizer="../../tokenizer",  # of the run's folder, which may be moved as a whole
             blends={name: dict(blend) for name, blend in self.blends.items()},
             chat_hashes=dict(self.chat_hashes),
         )
-        folder = self.manager.save(self.chunks, self.optimizer, info)
-        self.callbacks.on_checkpoint(step, folder)
-        return folder
+        self.manager.begin(self.chunks, self.optimizer, info)
+
+    def _finish_save(self) -> SaveResult | None:
+        """None where it could not be written: the run goes on, and the next save tries again."""
+        result = self.manager.finish(self.callbacks.on_checkpoint_ready)
+        if result.error is None:
+            self.callbacks.on_checkpoint(result.step, result.folder)
+            return result
+        text = f"WARNING: the checkpoint of step {result.step} could not be written, the run goes on: {result.error}"
+        self.callbacks.on_message(text)
+        self.supervisor.heartbeat.warn(text)
+        return None

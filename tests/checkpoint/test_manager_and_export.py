@@ -73,7 +73,8 @@ def train_case(
     connect(chunks, optimizer)
     manager = CheckpointManager(Path(directory), CheckpointConfig(keep_last=2))
     if load_step:
-        folder = manager.latest()
+        folder, damaged = manager.latest()
+        assert not damaged
         assert folder is not None
         assert manager.load(folder, chunks, optimizer).step == load_step
     for _ in range(num_steps):

@@ -201,15 +201,25 @@ def test_jsonl_says_that_history_is_missing_and_names_damage(tmp_path: Path, sai
     assert path.read_bytes() == b'{"step": 1}\ngarbage\n{"step": 2}\n'
 
 
-def test_jsonl_disk_full_is_an_error_with_a_remedy(tmp_path: Path, said: list[str]) -> None:
+def test_jsonl_records_wait_while_the_disk_is_full(tmp_path: Path, said: list[str]) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path, said.append)
     writer.on_run_start(_info(tmp_path))
-    writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - stands in for a disk without space
+    file = writer._file
+    writer._file = open("/dev/full", "ab", buffering=0)  # type: ignore[assignment]  # noqa: SIM115 - a disk without space
+    writer.on_step(_step(1))
+    writer.on_step(_step(2))
     with pytest.raises(NLDError, match=r"metrics\.jsonl: cannot be written: .*No space left"):
-        writer.on_step(_step(1))
+        writer.on_checkpoint_ready()
+    with pytest.raises(NLDError, match=r"metrics\.jsonl"):
+        writer.on_run_end()
+    writer._file = file  # there is space again
+    writer.on_step(_step(3))
+    writer.on_checkpoint_ready()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    writer.on_run_end()
 
 
 # --- the display ------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 Callbacks live on rank 0 only. They receive finished numbers (already reduced over ranks) and never touch the model.
 
-The order inside step k is fixed, and resuming relies on it: the step's record, then its validation record, then the
-checkpoint of step k. Whatever was recorded for a step <= k is therefore on file when the checkpoint of k exists, and a
-run that resumes from it records k + 1 next.
+The order is fixed, and resuming relies on it: the record of step k, then its validation record, then the checkpoint of
+step k (which may be complete some steps later). Whatever was recorded for a step <= k is therefore on file when the
+checkpoint of k exists, and a run that resumes from it records k + 1 next.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,13 @@ class Callback:
 
     def on_validation(self, record: dict[str, Any]) -> None: ...
 
+    def on_checkpoint_ready(self) -> None:
+        """All files of a checkpoint are written, and it gets its name next: what was recorded has to be on file.
+
+        Raises:
+            NLDError: it is not; the checkpoint is then given up, and the run goes on.
+        """
+
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
     def on_message(self, text: str) -> None:
@@ -83,6 +90,10 @@ class CallbackList(Callback):
     def on_validation(self, record: dict[str, Any]) -> None:
         for callback in self.callbacks:
             callback.on_validation(record)
+
+    def on_checkpoint_ready(self) -> None:
+        for callback in self.callbacks:
+            callback.on_checkpoint_ready()
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         for callback in self.callbacks:

@@ -1,5 +1,6 @@
 """What a person sees: the header of a run, live progress on a terminal, plain lines elsewhere, and ``train.log``."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -172,9 +173,10 @@ class ConsoleDisplay(Callback):
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = self._log_path.open("a", encoding="utf-8")
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        for line in text.splitlines():
-            self._log.write(f"{stamp}  {line}\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lines wait in memory
+            for line in text.splitlines():
+                self._log.write(f"{stamp}  {line}\n")
+            self._log.flush()
 
     def _show(self, text: str, style: str = "") -> None:
         # Text, not a string: square brackets in a message are no markup. soft_wrap: a log line stays one line.
@@ -276,5 +278,6 @@ class ConsoleDisplay(Callback):
             where = f"step {self._last_step} of {self._info.num_steps} after {elapsed}"
             self._say(f"run finished: {where}" if reached else f"run stopped: {where}", style="bold")
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):
+                self._log.close()
             self._log = None

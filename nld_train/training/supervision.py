@@ -1,0 +1,99 @@
+"""What can end a run from outside of its loop, on one rank: signals, lost ranks, no progress, another rank's error."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from nld_train.config.schema import Config
+from nld_train.errors import EXIT_RESTART, ConfigError
+from nld_train.training.callbacks.heartbeat import Heartbeat
+from nld_train.training.peers import Notice, Peers
+from nld_train.training.stopping import StopSignals
+from nld_train.training.watchdog import Watchdog, dump_stacks
+
+
+class Supervisor:
+    """Use as a context manager around a run, in the main thread.
+
+    Where a peer is gone or nothing moves, no Python code can rely on the main thread: it may wait in a collective. So
+    the process ends from a thread, at once (``os._exit``), without saving and without anybody's exit handlers; workers
+    of the loader end with it.
+    """
+
+    FAILURE_SECONDS = 5.0
+    """So long a rank has to end by itself when another one has failed: it often finds the same error."""
+    LOSS_SECONDS = 5.0
+    """So long an error of a collective waits for the news that a peer is gone."""
+    STALL_SECONDS = 2.0
+    """So long the others have to write their stacks."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.run_dir = Path(config.run.dir)
+        self._rank = rank
+        self._world_size = world_size
+        self.heartbeat = Heartbeat(self.run_dir, rank, world_size)
+        self.signals = StopSignals(config.train.stop_timeout, self._stop)
+        self.watchdog = Watchdog(config.train.stall_timeout, self._stalled)
+        self.peers = Peers(self._notice, self._lost)
+        self._has_ended = threading.Event()
+        self._ending = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self.signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._has_ended.set()
+        self.signals.__exit__(kind, error, trace)
+
+    def failed(self, error: BaseException, status: int) -> None:
+        """The main thread ends with an error: tell the others, unless the error is that one of them is gone."""
+        if self._world_size > 1 and not isinstance(error, ConfigError):
+            time.sleep(self.LOSS_SECONDS)  # a lost peer ends this process meanwhile
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                self._end(EXIT_RESTART, f"a collective failed: {error}", None)
+        message = f"{type(error).__name__}: {error}"
+        self.heartbeat.state("failed", message)
+        self.peers.tell("failed", status, message)
+
+    def _stop(self, reason: str) -> None:
+        self._end(EXIT_RESTART, f"{reason}: ended without saving", "stopped")
+
+    def _lost(self, rank: int) -> None:
+        self._end(EXIT_RESTART, f"rank {rank} is gone: ended without saving", None)
+
+    def _stalled(self, reason: str) -> None:
+        path = dump_stacks(self.run_dir, self._rank, reason)
+        message = f"rank {self._rank}: {reason}; stacks in {path}"
+        self.heartbeat.state("stalled", message)
+        self.peers.tell("stalled", message=message)
+        time.sleep(self.STALL_SECONDS)
+        self._end(EXIT_RESTART, message, None)
+
+    def _notice(self, notice: Notice) -> None:
+        if notice.kind == "stalled":
+            dump_stacks(self.run_dir, self._rank, notice.message)
+            if self._rank == 0:
+                self.heartbeat.state("stalled", notice.message)
+            self._end(EXIT_RESTART, notice.message, None)
+        if self._has_ended.wait(self.FAILURE_SECONDS):
+            return
+        if self._rank == 0:
+            self.heartbeat.state("failed", f"rank {notice.rank}: {notice.message}")
+        self._end(notice.status, f"rank {notice.rank} has failed: {notice.message}", None)
+
+    def _end(self, status: int, message: str, state: str | None) -> None:
+        """Never returns. The first thread that comes here decides."""
+        self._ending.acquire()
+        if self._rank == 0 or state is not None:
+            self.heartbeat.state(state, message)
+        # Not through sys.stderr, whose lock the main thread may hold.
+        os.write(2, f"[rank {self._rank}] {message}\n".encode())
+        os._exit(status)
