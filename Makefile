@@ -42,7 +42,7 @@ test-long: $(STAMP) ## Run the tests that take minutes
 check: $(STAMP) ## Lint, formatting, types, and who imports whom
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
-	@$(RUN) -m mypy nld_train train.py scripts
+	@$(RUN) -m mypy nld_train train.py scripts slurm
 	@$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## Measure speed (ARGS="--help" lists the suites); wants a quiet machine
