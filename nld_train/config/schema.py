@@ -195,6 +195,9 @@ class TrainConfig:
     validation_interval: int = 100  # steps; also at the first and the last step of every stage
     validation_samples: int = 64  # sequences, the same ones each time
     term_norm_interval: int = 0  # steps between gradient norms of each loss term, at twice a step's cost; 0: never
+    max_skipped_steps: int = 10  # of 1000 steps, whose loss or gradient was not finite; one more ends the run
+    spike_threshold: float = 8.0  # spreads above the running median at which a loss is marked as a spike; 0: never
+    peak_tflops: float | None = None  # 1e12 operations a second of a device, for mfu; null: of a known GPU in bf16
     stall_timeout: float = 900.0  # seconds without progress of a rank until the run is ended; 0: never
     stop_timeout: float = 300.0  # seconds from a signal to the end of the step; then the run ends without saving
 
@@ -297,6 +300,16 @@ class WandbConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class TensorboardConfig:
+    enabled: bool = False  # write event files into run.dir/tensorboard
+
+
+@dataclass(slots=True, kw_only=True)
+class DebugConfig:
+    replay_step: int | None = None  # run this step again and print every quantity of it; nothing is written
+
+
+@dataclass(slots=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -313,3 +326,5 @@ class Config:
     init: InitConfig = field(default_factory=InitConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -287,7 +287,14 @@ def _train(config: Config) -> Iterable[Problem]:
         *("train.global_batch_size", "train.micro_batch_size", "train.log_interval"),
         *("train.validation_interval", "train.validation_samples"),
     )
-    yield from at_least(config, 0, "train.term_norm_interval")
+    yield from at_least(config, 0, "train.term_norm_interval", "train.max_skipped_steps", "train.spike_threshold")
+    yield from at_least(config, 1, "debug.replay_step")
+    if config.train.peak_tflops is not None and config.train.peak_tflops <= 0:
+        yield Problem(
+            "train.peak_tflops",
+            f"{config.train.peak_tflops} must be greater than 0",
+            "give what the device's maker says, as in train.peak_tflops=989, or null",
+        )
     log_interval, term_norm_interval = config.train.log_interval, config.train.term_norm_interval
     if log_interval >= 1 and term_norm_interval > 0 and term_norm_interval % log_interval:
         yield Problem(

@@ -8,6 +8,7 @@ gradient is added to Megatron's own buffer chunk by chunk.
 Dimensions: R rows with weight, H hidden size, V vocabulary (V/tp rows of it on each tensor-parallel rank).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -187,8 +188,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             row_losses[rows] = sums[0].log() - sums[1]
             is_correct[rows] = sums[1] == 0  # the maximum was subtracted
             if grad_hidden is not None:
-                # d loss / d logits = weight * (softmax - onehot)
-                probabilities.mul_((weights[rows] / sums[0]).unsqueeze(1))
+                # d loss / d logits = weight * (softmax - onehot). A row whose loss is not finite has a gradient that
+                # is not (a logit of the target that overflows to -inf would not see to it): the norm tells all ranks.
+                scale = torch.where(row_losses[rows].isfinite(), weights[rows] / sums[0], math.nan)
+                probabilities.mul_(scale.unsqueeze(1))
                 probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
                 rounded = probabilities.to(hidden.dtype)
                 torch.mm(rounded, weight, out=grad_hidden[rows])

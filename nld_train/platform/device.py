@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,32 @@ import torch
 from nld_train.config.schema import Device
 from nld_train.errors import ConfigError, Problem
 from nld_train.platform import cpu
+
+_PEAK_TFLOPS = {
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "H20": 148.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "A40": 150.0,
+}
+"""Dense bf16, 1e12 operations a second, from the makers' data sheets."""
+
+
+def peak_tflops(name: str) -> float | None:
+    """Of a GPU by the name that torch gives, 1e12 dense bf16 operations a second; None where it is not known."""
+    for gpu in sorted(_PEAK_TFLOPS, key=len, reverse=True):
+        # "NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"; "H20" is no part of "H200".
+        if re.search(rf"\b{gpu}\b", name):
+            return _PEAK_TFLOPS[gpu]
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

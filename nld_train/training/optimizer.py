@@ -1,5 +1,6 @@
 """AdamW under Megatron's distributed optimizer, with or without NVIDIA's fused kernels."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from nld_train.config.schema import OptimConfig
 
@@ -133,11 +135,19 @@ def set_hyperparameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: fl
 
 
 def step_with_norm(optimizer: MegatronOptimizer, optim: OptimConfig) -> float:
-    """One optimizer step; returns the global gradient norm before clipping."""
-    _, grad_norm, _ = optimizer.step()
-    if optim.clip_grad == 0:  # Megatron then reports the constant 0
-        grad_norm = optimizer.get_grad_norm()
-    return float(grad_norm)
+    """One optimizer step; returns the global gradient norm before clipping. Collective.
+
+    Where the norm is not finite nothing is updated, on any rank: weights, moments and the count of steps stay as they
+    were. What Megatron's own ``step`` does, which would clip by that norm and go on.
+    """
+    norm = gradient_norm(optimizer)
+    if not math.isfinite(norm):
+        return norm
+    if optim.clip_grad > 0:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grad_by_total_norm_fp32(parameters, optim.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

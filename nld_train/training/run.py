@@ -31,8 +31,10 @@ from nld_train.platform.topology import (
 from nld_train.training.callbacks import build_callbacks
 from nld_train.training.callbacks.base import Callback, CallbackList, RunInfo
 from nld_train.training.data import open_data, prepare_blends, prepare_chats
+from nld_train.training.faults import FaultHistory
 from nld_train.training.layout import resolve_layout
 from nld_train.training.optimizer import build_optimizer, choose_adam
+from nld_train.training.replay import find_replay_point, replay
 from nld_train.training.run_folder import check_same_data, find_resume_point, lock_run_folder, make_folder
 from nld_train.training.stages import Stage, plan_stages, stage_of_step
 from nld_train.training.stopping import StepAgreement
@@ -63,8 +65,10 @@ def run(config: Config) -> int:
                 cpu_group = dist.new_group(backend="gloo", timeout=timeout)
                 supervisor.peers.connect(cpu_group)
                 run_dir = Path(config.run.dir)
+                is_replay = config.debug.replay_step is not None
+                writes = is_main and not is_replay  # a replay leaves the run's folder alone
                 stages = plan_stages(config)
-                if is_main:
+                if writes:
                     make_folder("run.dir", run_dir)
                     make_folder("data.cache_dir", Path(config.data.cache_dir))
                     lock_run_folder(run_dir)
@@ -72,14 +76,15 @@ def run(config: Config) -> int:
                 manager = CheckpointManager(
                     run_dir / "checkpoints", config.checkpoint, cpu_group, progress=supervisor.watchdog.mark
                 )
-                resume, damaged = find_resume_point(manager, config, stages)
+                find = find_replay_point if is_replay else find_resume_point
+                resume, damaged = find(manager, config, stages)
                 blends = prepare_blends(config, is_main=is_main)
                 chats = prepare_chats(config, blends.tokenizer_folder, is_main=is_main)
                 if resume is not None:
                     check_same_data(resume.info, blends.of_stages, chats, stages, resume.checkpoint)
                 start_step = resume.info.step if resume is not None else 0
                 is_finished = start_step == stages[-1].last_step
-                if is_main and not is_finished:
+                if writes and not is_finished:
                     save_resolved(config, run_dir / "config.yaml")
                     shutil.copytree(blends.tokenizer_folder, run_dir / "tokenizer", dirs_exist_ok=True)
                 sources, validation, chat_validations = open_data(config, blends, chats, stages)
@@ -103,7 +108,7 @@ def run(config: Config) -> int:
                 if resume is not None:
                     manager.load(resume.checkpoint, chunks, optimizer)
 
-                if is_main:
+                if writes:
                     callbacks = build_callbacks(config)
                 callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
                 for line in [*layout_lines, *notices(config), *damaged]:
@@ -124,8 +129,16 @@ def run(config: Config) -> int:
                     blends={name: blend.describe() for name, blend in blends.of_stages.items()},
                     supervisor=supervisor,
                     agreement=StepAgreement(cpu_group),
+                    history=FaultHistory.of_run(run_dir, start_step),
                     start_step=start_step,
                 )
+                if config.debug.replay_step is not None and resume is not None:
+                    with supervisor.watchdog:
+                        for line in replay(trainer, config.debug.replay_step, resume.checkpoint):
+                            if is_main:
+                                print(line)
+                    supervisor.peers.tell("done")
+                    return 0
                 with supervisor.watchdog, supervisor.signals.deferred():
                     result = trainer.train()
                 supervisor.peers.tell("done")

@@ -81,10 +81,30 @@ def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int,
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchLosses:
+    """What one micro-batch of this rank brought; nothing of it was waited for.
+
+    Args:
+        stream_positions: int64 [B] on the CPU, each sample's place in the stream.
+        sequence_losses: float64 [B], row weight x cross-entropy summed over each sequence's rows (of this
+            context-parallel rank).
+        terms: sums and counts.
+    """
+
+    stream_positions: Tensor
+    sequence_losses: Tensor
+    terms: LossTerms
+
+
 def _loss_function(
-    batch: JointBatch, selected: WeightedRows, normalization: str, output: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, LossTerms]:
-    """Last pipeline stage: (weighted loss sum, this micro-batch's share of the divisor, sums and counts)."""
+    batch: JointBatch,
+    selected: WeightedRows,
+    stream_positions: Tensor,
+    normalization: str,
+    output: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, MicroBatchLosses]:
+    """Last pipeline stage: (weighted loss sum, this micro-batch's share of the divisor, what is reported)."""
     loss_sum, row_losses, row_is_correct = output
     num_sequences, num_rows = batch.tokens.shape
 
@@ -94,14 +114,18 @@ def _loss_function(
         return rows.index_copy_(0, selected.rows, values).view(num_rows, num_sequences).t()
 
     divisor = num_tokens(batch, normalization)
+    weighted = row_losses.to(torch.float64) * selected.weights
     terms = loss_terms(
         of_all_rows(row_losses),
         of_all_rows(row_is_correct),
         batch,
-        loss_sum=(row_losses.to(torch.float64) * selected.weights).sum(),  # in float64, unlike what backward starts at
+        loss_sum=weighted.sum(),  # in float64, unlike what backward starts at
         divisor=divisor,
     )
-    return loss_sum, divisor, terms
+    losses = MicroBatchLosses(
+        stream_positions=stream_positions, sequence_losses=of_all_rows(weighted).sum(dim=1), terms=terms
+    )
+    return loss_sum, divisor, losses
 
 
 def lay_out(sample: LoaderBatch, block_size: int) -> JointBatch:
@@ -124,8 +148,9 @@ def micro_batches(
     weights: LossWeights,
     device: torch.device,
     row_multiple: int,
-) -> Iterator[tuple[JointBatch, WeightedRows]]:
-    """This context-parallel rank's rows of each micro-batch, laid out on the device, and those that enter the loss."""
+) -> Iterator[tuple[JointBatch, WeightedRows, Tensor]]:
+    """This context-parallel rank's rows of each micro-batch, laid out on the device, those that enter the loss, and the
+    samples' places in the stream."""
     shard = Shard(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
     for sample in data:
         batch = lay_out(sample, objective.block_size)
@@ -133,16 +158,19 @@ def micro_batches(
         of_rows = row_weights(batch, objective.normalization.value, weights.diffusion, weights.ar)
         batch, of_rows = shard_batch(batch, of_rows, shard, row_multiple)
         selected = select_weighted_rows(batch, of_rows).to(device)
-        yield batch.to(device), selected
+        yield batch.to(device), selected, sample.stream_positions
 
 
 def forward_step(
-    data: Iterator[tuple[JointBatch, WeightedRows]], model: DistributedDataParallel, *, normalization: str
-) -> tuple[Any, partial[tuple[Tensor, Tensor, LossTerms]]]:
+    data: Iterator[tuple[JointBatch, WeightedRows, Tensor]], model: DistributedDataParallel, *, normalization: str
+) -> tuple[Any, partial[tuple[Tensor, Tensor, MicroBatchLosses]]]:
     """One micro-batch through one model chunk; what the schedule calls."""
-    batch, selected = next(data)
+    batch, selected, stream_positions = next(data)
+    timers = get_model_config(model).timers
+    if timers is not None:
+        timers("forward-compute").start()  # again: the time until the data was there is no computation
     output = model(batch.tokens, batch.layout, selected)
-    return output, partial(_loss_function, batch, selected, normalization)
+    return output, partial(_loss_function, batch, selected, stream_positions, normalization)
 
 
 def reduce_terms(terms: LossTerms) -> LossTerms:
@@ -171,6 +199,7 @@ def run_microbatches(
     weights: LossWeights,
     device: torch.device,
     forward_only: bool = False,
+    details: list[MicroBatchLosses] | None = None,
 ) -> LossTerms:
     """Forward (and backward) of one global batch through Megatron's schedule.
 
@@ -178,6 +207,7 @@ def run_microbatches(
         data: this rank's micro-batches, of which ``shape.num_microbatches`` are taken.
         chunks: this pipeline rank's model chunks. All of them get the same micro-batches in the same order, laid out
             once.
+        details: gets what each micro-batch brought, in their order (nothing but on the last pipeline stage).
 
     After it returns, ``main_grad`` holds d(sum of losses)/d(parameter) divided once by the global number of tokens.
 
@@ -194,7 +224,7 @@ def run_microbatches(
         device=device,
         row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
     )
-    collected: list[LossTerms] = get_forward_backward_func()(
+    collected: list[MicroBatchLosses] = get_forward_backward_func()(
         forward_step_func=partial(forward_step, normalization=objective.normalization.value),
         data_iterator=list(tee(taken, len(chunks))),
         model=list(chunks),
@@ -203,4 +233,6 @@ def run_microbatches(
         micro_batch_size=shape.micro_batch_size,
         forward_only=forward_only,
     )
-    return sum(collected, start=LossTerms.zeros(device))
+    if details is not None:
+        details.extend(collected)
+    return sum((losses.terms for losses in collected), start=LossTerms.zeros(device))

@@ -36,7 +36,7 @@ class Supervisor:
         self.run_dir = Path(config.run.dir)
         self._rank = rank
         self._world_size = world_size
-        self.heartbeat = Heartbeat(self.run_dir, rank, world_size)
+        self.heartbeat = Heartbeat(self.run_dir, rank, world_size, writes=config.debug.replay_step is None)
         self.signals = StopSignals(config.train.stop_timeout, self._stop)
         self.watchdog = Watchdog(config.train.stall_timeout, self._stalled)
         self.peers = Peers(self._notice, self._lost)

@@ -3,31 +3,45 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, SaveResult
+from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, SaveResult, latest_checkpoint
 from nld_train.config.compose import to_dict
-from nld_train.config.schema import Config, DocumentMask, ObjectiveConfig, Sampler, Stratify
+from nld_train.config.schema import Config, DocumentMask, ObjectiveConfig, Precision, Sampler, Stratify
+from nld_train.config.workload import flops_per_token, workload
 from nld_train.data.dataset import SampleSource, SizedSource
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.errors import CheckpointError, TrainingError
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import NoiseSpec, num_noisy_rows
 from nld_train.objective.normalize import means, shares
+from nld_train.platform.device import peak_tflops
 from nld_train.platform.topology import Topology
 from nld_train.training.callbacks.base import Callback
-from nld_train.training.metrics import StepClock, step_record, validation_record
+from nld_train.training.faults import FaultHistory, samples_at_fault, skip_message, spike_message
+from nld_train.training.inspection import ParameterSums, StepInspection
+from nld_train.training.metrics import Lap, StepClock, step_record, validation_record
 from nld_train.training.optimizer import gradient_norm, reset_moments, set_hyperparameters, step_with_norm
+from nld_train.training.phases import PhaseTimers
 from nld_train.training.schedule import learning_rate
 from nld_train.training.stages import Stage, tokens_at
-from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, row_multiple, run_microbatches
+from nld_train.training.step import (
+    LossWeights,
+    MicroBatchLosses,
+    StepShape,
+    noise_spec,
+    reduce_terms,
+    row_multiple,
+    run_microbatches,
+)
 from nld_train.training.stopping import Agreed, StepAgreement
 from nld_train.training.supervision import Supervisor
 
@@ -36,13 +50,21 @@ VALIDATION_SEED = 0x76616C  # validation noise is the same in every run, stage a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StepResult:
-    """Of one step: this rank's sums, learning rate, gradient norm before clipping, and norms of the single terms."""
+    """Of one step: this rank's sums, learning rate, gradient norm before clipping, norms of the single terms, and what
+    each of this rank's micro-batches brought."""
 
     terms: LossTerms
     lr: float
     grad_norm: float
     term_norms: dict[str, float]
     agreed: Agreed
+    details: list[MicroBatchLosses]
+
+    @property
+    def is_skipped(self) -> bool:
+        """Nothing was updated: a number was not finite. The same on every rank, since the norm is of all gradients, and
+        a loss that is not finite has gradients that are not (the head sees to it)."""
+        return not math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +97,7 @@ class Trainer:
         chat_hashes: content of the conversations of each stage with chat, remembered, too.
         supervisor: is told of progress, and knows of signals.
         agreement: of all ranks, after each step.
+        history: of the run's faults until ``start_step``.
         start_step: steps already done.
     """
 
@@ -93,7 +116,14 @@ class Trainer:
     chat_hashes: Mapping[str, str]
     supervisor: Supervisor
     agreement: StepAgreement
+    history: FaultHistory
     start_step: int = 0
+    _timers: PhaseTimers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._timers = PhaseTimers(self.device)
+        for chunk in self.chunks:
+            chunk.config.timers = self._timers
 
     def train(self) -> TrainResult:
         """Run all remaining steps, or those until a signal asks to stop.
@@ -102,38 +132,41 @@ class Trainer:
             CheckpointError: the last checkpoint could not be written.
         """
         newest: SaveResult | None = None
-        clock = StepClock(self.start_step, tokens_at(self.stages, self.start_step))
+        clock = StepClock(self.start_step, tokens_at(self.stages, self.start_step), self._timers)
         saved_at = time.monotonic()
         final_step = self.stages[-1].last_step
+        is_save_due = False
         for stage in self.stages:
             if stage.last_step <= self.start_step:
                 continue
             first = max(stage.first_step, self.start_step + 1)
-            self.callbacks.on_stage_start(stage.info())
-            self.supervisor.heartbeat.step(first - 1, stage.name)
-            if stage.config.reset_optimizer and first == stage.first_step:
-                reset_moments(self.optimizer)
             with clock.paused():
-                data = clock.waiting(self._watched(self._train_loader(stage, first)))
+                data = clock.waiting(self._begin(stage, first))
             for step in range(first, stage.last_step + 1):
                 result = self._step(stage, step, data, saved_at)
-                logs = step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step)
                 is_last = step == final_step or result.agreed.stops
-                saves = is_last or result.agreed.saves or self._saves_at(step)
-                record = self._record(stage, step, result) if logs or saves else {}
-                if logs:
-                    self.callbacks.on_step(step_record(lap=clock.lap(step, stage.tokens_at(step)), **record))
-                self._check_finite(step, result.grad_norm)
+                # After a step that was skipped nobody knows whether the model is still good: a save waits for one that
+                # was not, so that checkpoints of a model that is lost do not replace the last good ones.
+                is_save_due = is_save_due or is_last or result.agreed.saves or self._saves_at(step)
+                saves = is_save_due and not result.is_skipped
+                record = self._record(stage, step, result) if self._logs_at(stage, step, result) or saves else {}
+                if self._logs_at(stage, step, result):
+                    self._report(self._full_record(stage, record, result, clock))
+                if result.is_skipped:
+                    self._check_skipped()
                 self.supervisor.heartbeat.step(step, stage.name)
-                with clock.paused():
-                    validation: dict[str, Any] = {}
-                    if self._validates_at(stage, step):
+                validation: dict[str, Any] = {}
+                if self._validates_at(stage, step):
+                    with clock.paused("validation"):
                         validation = self._validate(stage, step)
                         self.callbacks.on_validation(validation)
-                    if self.manager.is_saving and (saves or not result.agreed.is_writing):
+                    if step == final_step and result.is_skipped:
+                        saves = self._check_last(validation)
+                with clock.paused("checkpoint"):
+                    if self.manager.is_saving and (saves or is_last or not result.agreed.is_writing):
                         newest = self._finish_save() or newest
                     if saves:
-                        saved_at = time.monotonic()
+                        saved_at, is_save_due = time.monotonic(), False
                         self._begin_save(stage, step, record, validation)
                         if is_last or not self.config.checkpoint.asynchronous:
                             newest = self._finish_save() or newest
@@ -156,6 +189,110 @@ class Trainer:
         for batch in data:
             self.supervisor.watchdog.mark()
             yield batch
+
+    def _begin(self, stage: Stage, first_step: int) -> Iterator[LoaderBatch]:
+        """A stage, or what is left of it. Returns this rank's micro-batches."""
+        self.callbacks.on_stage_start(stage.info())
+        self.supervisor.heartbeat.step(first_step - 1, stage.name)
+        if stage.config.reset_optimizer and first_step == stage.first_step:
+            reset_moments(self.optimizer)
+        return self._watched(self._train_loader(stage, first_step))
+
+    def _logs_at(self, stage: Stage, step: int, result: "_StepResult") -> bool:
+        is_due = step % self.config.train.log_interval == 0 or step in (stage.first_step, stage.last_step)
+        return is_due or result.is_skipped
+
+    def _full_record(
+        self, stage: Stage, record: dict[str, Any], result: "_StepResult", clock: StepClock
+    ) -> dict[str, Any]:
+        """The record of a logged step, with its times and its faults. Collective where the step was skipped."""
+        step, loss = record["step"], record["means"]["loss"]
+        is_spike = self.history.is_spike(stage.name, loss, self.config.train.spike_threshold)
+        self.history.add({"step": step, "stage": stage.name, "loss": loss, "is_skipped": result.is_skipped})
+        faults: dict[str, Any] = {"is_spike": is_spike, "num_skipped_steps": self.history.num_skipped}
+        if result.is_skipped:
+            samples = samples_at_fault(result.details)
+            faults["is_skipped"] = True
+            faults["suspect_samples"] = [position for position, _ in samples]
+            faults["suspect_ranks"] = [rank for _, rank in samples]
+        lap = clock.lap(step, record["tokens"])
+        return step_record(lap=lap, usage=self._usage(stage, lap), faults=faults, **record)
+
+    def _report(self, record: dict[str, Any]) -> None:
+        """Hand a step's record over, and say what is wrong with it."""
+        self.callbacks.on_step(record)
+        if record["is_spike"]:
+            self.callbacks.on_message(spike_message(record))
+        if record.get("is_skipped"):
+            self.callbacks.on_message(skip_message(record))
+
+    def _check_skipped(self) -> None:
+        """Collective.
+
+        Raises:
+            TrainingError: too many steps were skipped (on every rank).
+        """
+        if not self.history.skips_too_much(self.config.train.max_skipped_steps):
+            return
+        if self.manager.is_saving:
+            self._finish_save()
+        raise self.history.error(self.config, latest_checkpoint(self.manager.directory))
+
+    def replay(
+        self, last_step: int, inspection: StepInspection
+    ) -> tuple[dict[str, Any], list[MicroBatchLosses], dict[str, ParameterSums]]:
+        """Run the steps up to ``last_step`` again: no validation, no checkpoint, and nobody is told.
+
+        Returns:
+            the record of the last step, what its micro-batches brought, and sums of its parameters.
+        """
+        clock = StepClock(self.start_step, tokens_at(self.stages, self.start_step), self._timers)
+        for stage in self.stages:
+            if stage.last_step <= self.start_step:
+                continue
+            first = max(stage.first_step, self.start_step + 1)
+            data = self._begin(stage, first)
+            for step in range(first, stage.last_step + 1):
+                is_last = step == last_step
+                result = self._step(stage, step, data, math.inf, inspection if is_last else None)
+                if is_last or self._logs_at(stage, step, result):
+                    record = self._full_record(stage, self._record(stage, step, result), result, clock)
+                if is_last:
+                    return record, result.details, inspection.parameters
+        raise ValueError(f"the run has no step {last_step} after step {self.start_step}")
+
+    def _usage(self, stage: Stage, lap: Lap) -> dict[str, float | None]:
+        """Share of the devices' peak, and this rank's memory."""
+        peak, is_cuda = self.config.train.peak_tflops, self.device.type == "cuda"
+        if peak is None and is_cuda and self.config.train.precision is Precision.bf16:
+            peak = peak_tflops(torch.cuda.get_device_name(self.device))
+        needed = flops_per_token(self.config.model, workload(self.config, stage.name)) * lap.tokens_per_second
+        return {
+            "mfu": needed / (peak * 1e12 * self.topology.world_size) if peak is not None else None,
+            "host_memory_gb": psutil.Process().memory_info().rss / 2**30,
+            "device_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if is_cuda else None,
+        }
+
+    def _check_last(self, validation: Mapping[str, Any]) -> bool:
+        """The last step of a run was skipped, so no step after it shows whether the model is good: its validation does.
+        Collective.
+
+        Raises:
+            TrainingError: it is not, or no step was ever made; nothing is saved.
+        """
+        step = validation["step"]
+        bad = [name for name, value in validation.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad or self.history.num_skipped == step:
+            if self.manager.is_saving:
+                self._finish_save()
+            finding = f"{', '.join(bad)} of the model is not finite" if bad else "so was every step before it"
+            raise TrainingError(
+                f"{self.config.run.dir}, step {step}",
+                f"the last step was skipped, and {finding}; nothing was saved since "
+                f"{latest_checkpoint(self.manager.directory) or 'the start'}",
+                "lower the last stage's lr or look at its data, then start again",
+            )
+        return True
 
     def _train_loader(self, stage: Stage, first_step: int) -> TrainLoader:
         return TrainLoader(
@@ -196,7 +333,14 @@ class Trainer:
             num_rows=None if noisy_rows is None else noisy_rows + stage.sequence_length,
         )
 
-    def _step(self, stage: Stage, step: int, data: Iterator[LoaderBatch], saved_at: float) -> "_StepResult":
+    def _step(
+        self,
+        stage: Stage,
+        step: int,
+        data: Iterator[LoaderBatch],
+        saved_at: float,
+        inspection: StepInspection | None = None,
+    ) -> "_StepResult":
         """One optimizer step, and what the ranks agree on meanwhile."""
         train = self.config.train
         shape = self._shape(stage)
@@ -210,26 +354,46 @@ class Trainer:
             data = iter(batches)
         lr = learning_rate(stage.step_in_stage(step), stage.num_steps, stage.config)
         set_hyperparameters(self.optimizer, self.config.optim, lr)
-        terms = self._accumulate(data, shape, weights)
+        details: list[MicroBatchLosses] = []
+        terms = self._accumulate(data, shape, weights, details)
         # On a GPU the backward pass is still under way here: nobody waits for the answer.
         self.agreement.begin(
             stops=self.supervisor.signals.requested is not None,
             saves=self.topology.is_main and self._is_time_to_save(saved_at),
             is_writing=self.manager.is_writing,
         )
-        grad_norm = step_with_norm(self.optimizer, self.config.optim)
+        if inspection is not None:
+            inspection.before_update()
+        with self._timers.phase("optimizer"):
+            grad_norm = step_with_norm(self.optimizer, self.config.optim)
+        if inspection is not None:
+            inspection.after_update()
         agreed = self.agreement.end()
         if agreed.stops:
             self.supervisor.signals.agreed()
-        return _StepResult(terms=terms, lr=lr, grad_norm=grad_norm, term_norms=term_norms, agreed=agreed)
+        return _StepResult(
+            terms=terms, lr=lr, grad_norm=grad_norm, term_norms=term_norms, details=details, agreed=agreed
+        )
 
-    def _accumulate(self, data: Iterator[LoaderBatch], shape: StepShape, weights: LossWeights) -> LossTerms:
+    def _accumulate(
+        self,
+        data: Iterator[LoaderBatch],
+        shape: StepShape,
+        weights: LossWeights,
+        details: list[MicroBatchLosses] | None = None,
+    ) -> LossTerms:
         """Gradients of one global batch, from zero."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return run_microbatches(
-            data, self.chunks, shape, objective=self.config.objective, weights=weights, device=self.device
+            data,
+            self.chunks,
+            shape,
+            objective=self.config.objective,
+            weights=weights,
+            device=self.device,
+            details=details,
         )
 
     def _record(self, stage: Stage, step: int, result: "_StepResult") -> dict[str, Any]:
@@ -246,21 +410,6 @@ class Trainer:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
         }
-
-    def _check_finite(self, step: int, grad_norm: float) -> None:
-        """Stop before a checkpoint of a model that is lost replaces the last good one.
-
-        A loss that is not finite has gradients that are not.
-
-        Raises:
-            TrainingError: the gradient norm is not a finite number (the same on every rank).
-        """
-        if not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"{self.config.run.dir}, step {step}",
-                f"grad_norm is {grad_norm}; nothing was saved since the last checkpoint",
-                "lower the stage's lr or check the data, then start again: the last checkpoint is from before",
-            )
 
     def _validates_at(self, stage: Stage, step: int) -> bool:
         interval = self.config.train.validation_interval
@@ -350,10 +499,13 @@ class Trainer:
             },
             config=to_dict(self.config),
             metrics={
-                **record["means"],
-                "lr": record["lr"],
-                "grad_norm": record["grad_norm"],
-                **{name: value for name, value in validation.items() if name.startswith("val_")},
+                name: value if value is None or math.isfinite(value) else None
+                for name, value in {
+                    **record["means"],
+                    "lr": record["lr"],
+                    "grad_norm": record["grad_norm"],
+                    **{name: value for name, value in validation.items() if name.startswith("val_")},
+                }.items()
             },
             tokenizer="../../tokenizer",  # of the run's folder, which may be moved as a whole
             blends={name: dict(blend) for name, blend in self.blends.items()},

@@ -1,5 +1,7 @@
 """The fused head against full logits and torch's cross-entropy."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,22 @@ def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: in
     torch.testing.assert_close(row_losses, expected_rows.detach(), rtol=1e-12, atol=1e-12)
     for gradient, argument in zip(found, arguments[:2], strict=True):
         torch.testing.assert_close(gradient, argument.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_whose_loss_is_not_finite_has_a_gradient_that_is_not() -> None:
+    """A target logit of -inf has an infinite loss and would have a finite gradient: nobody would notice by the norm."""
+    hidden, weight, targets, weights = inputs(4, 11, 5, torch.float32)
+    with torch.no_grad():
+        hidden[2] = torch.tensor([1.0, 0, 0, 0, 0])
+        weight[:, 0] = 0
+        weight[targets[2], 0] = -math.inf
+        hidden[[0, 1, 3], 0] = 0
+    targets[[0, 1, 3]] = (targets[2] + 1) % 11
+    loss, row_losses, _ = fused_linear_cross_entropy(hidden, weight, targets, weights)
+    assert row_losses[2] == math.inf
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad[2].isnan().any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,10 +19,12 @@ from rich.console import Console
 
 from nld_train.config.schema import Config, RunConfig, WandbConfig, WandbMode
 from nld_train.errors import DataError, NLDError
+from nld_train.testing.wandb_server import WandbServer, wandb_server
 from nld_train.training.callbacks import Callback, CallbackList, RunInfo, StageInfo, build_callbacks
 from nld_train.training.callbacks.console import ConsoleDisplay, TimeLeft, format_count, format_duration, header_lines
 from nld_train.training.callbacks.jsonl import JsonlWriter
-from nld_train.training.callbacks.wandb import WandbLogger, load_or_create_run_id
+from nld_train.training.callbacks.tensorboard import TensorboardWriter, crc32c
+from nld_train.training.callbacks.wandb import WandbLogger, last_offline_step, load_or_create_run_id
 from nld_train.training.metrics import Lap, read_metrics, step_record, validation_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -538,7 +542,7 @@ def test_wandb_offline_writes_a_run_that_can_be_read_back(tmp_path: Path, capfd:
     assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 2
     first, second = _history(files[0]), _history(files[1])
     assert [row["_step"] for row in first] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["_step"] for row in second] == [7, 8, 9, 10]
+    assert [row["_step"] for row in second] == [8, 9, 10], "step 7 is there already"
     for row in first + second:
         step = row["_step"]
         expected = {name: value for name, value in _step(step).items() if name != "step" and value is not None}
@@ -561,6 +565,76 @@ def test_wandb_offline_writes_a_run_that_can_be_read_back(tmp_path: Path, capfd:
     kinds = {record.WhichOneof("record_type") for path in files for record in _read_wandb_log(path)}
     assert "history" in kinds
     assert not kinds & {"output", "output_raw"}, "the run's own output is not captured"
+    assert last_offline_step(run_dir, run_id) == 10
+    for folder in run_dir.glob("wandb/offline-run-*"):
+        shutil.rmtree(folder)  # uploaded, and cleaned up
+    assert last_offline_step(run_dir, run_id) == 10
+
+
+def _sync(run_dir: Path, server: WandbServer) -> None:
+    """Upload all offline runs, with wandb's own command."""
+    folders = sorted(map(str, run_dir.glob("wandb/offline-run-*")))
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *folders]
+    environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.usefixtures("wandb_environment")
+def test_wandb_sync_of_a_run_with_two_requeues_uploads_one_curve(tmp_path: Path) -> None:
+    """Killed after step 7 with a checkpoint of step 6, killed after step 8 with one of step 3, then finished.
+
+    A killed process loses the last row, which waits for more of its step; the next start takes it from metrics.jsonl.
+    """
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    code = (
+        "import importlib.util, os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        f"spec = importlib.util.spec_from_file_location('these_tests', {__file__!r})\n"
+        "tests = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(tests)\n"
+        "run_dir, start_step, last_step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])\n"
+        "config = tests.WandbConfig(mode=tests.WandbMode.offline)\n"
+        "writer = tests.JsonlWriter(run_dir / 'metrics.jsonl', print)\n"
+        "callbacks = tests.CallbackList([writer, tests.WandbLogger(config)])\n"
+        "tests._play(callbacks, tests._info(run_dir, start_step=start_step), last_step)\n"
+        "if last_step == 10:\n"
+        "    callbacks.on_run_end()\n"
+        "else:\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for start_step, last_step in ((0, 7), (6, 8), (3, 10)):
+        command = [sys.executable, "-c", code, str(run_dir), str(start_step), str(last_step)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == (0 if last_step == 10 else -signal.SIGKILL), result.stderr
+    with wandb_server() as server:
+        _sync(run_dir, server)
+    assert server.run_ids == {(run_dir / "wandb_run_id").read_text().strip()}
+    assert [row["_step"] for row in server.history] == list(range(1, 11))
+    for row in server.history:
+        step = row["_step"]
+        assert row["loss"] == _step(step)["loss"]
+        assert row.get("val_ar_loss") == (_validation(step)["val_ar_loss"] if step % 3 == 0 else None)
+
+
+@pytest.mark.usefixtures("wandb_environment")
+def test_wandb_online_resumes_behind_the_steps_that_the_server_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for start_step, last_step in ((0, 7), (6, 9), (3, 10)):
+            writer = JsonlWriter(run_dir / "metrics.jsonl", lambda text: None)
+            callbacks = CallbackList([writer, WandbLogger(WandbConfig(mode=WandbMode.online))])
+            _play(callbacks, _info(run_dir, start_step=start_step), last_step)
+            callbacks.on_run_end()
+    assert [row["_step"] for row in server.history] == list(range(1, 11))
+    assert [row["loss"] for row in server.history] == [_step(step)["loss"] for step in range(1, 11)]
 
 
 @pytest.mark.usefixtures("wandb_environment")
@@ -593,3 +667,80 @@ def test_wandb_run_id_is_kept(tmp_path: Path) -> None:
     (tmp_path / "wandb_run_id").write_text("")
     with pytest.raises(NLDError, match="is not a run id"):
         load_or_create_run_id(tmp_path)
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
+
+
+def _event_type() -> Any:
+    """TensorBoard's ``Event`` as far as it is used, for the protobuf library to read."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="event.proto", package="t", syntax="proto3")
+    for message, fields in {
+        "Value": [("tag", 1, field.TYPE_STRING, ""), ("simple_value", 2, field.TYPE_FLOAT, "")],
+        "Summary": [("value", 1, field.TYPE_MESSAGE, ".t.Value")],
+        "SessionLog": [("status", 1, field.TYPE_INT32, "")],
+        "Event": [
+            ("wall_time", 1, field.TYPE_DOUBLE, ""),
+            ("step", 2, field.TYPE_INT64, ""),
+            ("file_version", 3, field.TYPE_STRING, ""),
+            ("summary", 5, field.TYPE_MESSAGE, ".t.Summary"),
+            ("session_log", 7, field.TYPE_MESSAGE, ".t.SessionLog"),
+        ],
+    }.items():
+        added = file.message_type.add(name=message)
+        for name, number, kind, type_name in fields:
+            label = field.LABEL_REPEATED if message == "Summary" else field.LABEL_OPTIONAL
+            added.field.add(name=name, number=number, type=kind, label=label, type_name=type_name or None)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Event"))
+
+
+def _events(path: Path) -> Iterator[Any]:
+    def unmasked(crc: bytes) -> int:
+        value = (struct.unpack("<I", crc)[0] - 0xA282EAD8) % 2**32
+        return (value >> 17 | value << 15) % 2**32
+
+    data, position = path.read_bytes(), 0
+    while position < len(data):
+        (length,) = struct.unpack("<Q", data[position : position + 8])
+        assert crc32c(data[position : position + 8]) == unmasked(data[position + 8 : position + 12])
+        content = data[position + 12 : position + 12 + length]
+        assert crc32c(content) == unmasked(data[position + 12 + length : position + 16 + length])
+        event = _event_type()()
+        event.ParseFromString(content)
+        yield event
+        position += 16 + length
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
+    """Two starts: the second tells TensorBoard to forget what the first one wrote from its first step on."""
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    for start_step, last_step in ((0, 7), (6, 10)):
+        writer = TensorboardWriter(tmp_path)
+        _play(writer, _info(tmp_path, start_step=start_step), last_step)
+        writer.on_step(_step(11, loss=math.nan))
+        writer.on_run_end()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+    for path, (first, last) in zip(files, ((1, 7), (7, 10)), strict=True):
+        version, session, *events = _events(path)
+        assert version.file_version == "brain.Event:2"
+        assert (session.step, session.session_log.status) == (first, 1)
+        rows: dict[int, dict[str, float]] = {}
+        for event in events:
+            assert abs(event.wall_time - time.time()) < 600
+            rows.setdefault(event.step, {}).update({item.tag: item.simple_value for item in event.summary.value})
+        assert list(rows) == [*range(first, last + 1), 11]
+        for step in range(first, last + 1):
+            expected = _step(step) | (_validation(step) if step % 3 == 0 else {})
+            expected = {name: value for name, value in expected.items() if isinstance(value, float | int)}
+            assert rows[step] == pytest.approx({name: v for name, v in expected.items() if name != "step"}, rel=1e-6)
+        assert "loss" not in rows[11]
+    finished = TensorboardWriter(tmp_path)
+    finished.on_run_start(_info(tmp_path, start_step=10))
+    finished.on_run_end()
+    assert len(list(tmp_path.iterdir())) == 2

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nld_train.errors import DataError
 from nld_train.training.metrics import (
@@ -19,6 +20,7 @@ from nld_train.training.metrics import (
     step_record,
     validation_record,
 )
+from nld_train.training.phases import PhaseTimers
 
 MEANS: dict[str, float | None] = {"loss": 4.1, "ar_loss": 3.2, "diffusion_loss": 3.0}
 
@@ -33,10 +35,23 @@ class _Clock:
         return self.time
 
 
+def rates(lap: Lap) -> tuple[float, float, float]:
+    return lap.step_seconds, lap.tokens_per_second, lap.data_seconds
+
+
 def test_step_record_has_the_promised_fields() -> None:
     means = {**MEANS, "masked_share": 0.5}
+    phases = {"forward": 0.1, "backward": 0.2, "optimizer": 0.05}
     record = step_record(
-        step=3, stage="joint", tokens=96, means=means, lr=1e-3, grad_norm=0.7, lap=Lap(0.5, 64.0, 0.01)
+        step=3,
+        stage="joint",
+        tokens=96,
+        means=means,
+        lr=1e-3,
+        grad_norm=0.7,
+        lap=Lap(0.5, 64.0, 0.01, phases, {"checkpoint": 2.0, "validation": 3.0}),
+        usage={"mfu": 0.4, "host_memory_gb": 1.5, "device_memory_gb": None},
+        faults={"is_spike": False, "num_skipped_steps": 2},
     )
     assert record == {
         "step": 3,
@@ -47,9 +62,19 @@ def test_step_record_has_the_promised_fields() -> None:
         "diffusion_loss": 3.0,
         "lr": 1e-3,
         "grad_norm": 0.7,
+        "is_spike": False,
+        "num_skipped_steps": 2,
         "step_seconds": 0.5,
         "tokens_per_second": 64.0,
         "data_seconds": 0.01,
+        "forward_seconds": 0.1,
+        "backward_seconds": 0.2,
+        "optimizer_seconds": 0.05,
+        "checkpoint_seconds": 2.0,
+        "validation_seconds": 3.0,
+        "mfu": 0.4,
+        "host_memory_gb": 1.5,
+        "device_memory_gb": None,
         "masked_share": 0.5,
     }
     assert record.keys() >= TIMING_FIELDS
@@ -86,9 +111,9 @@ def test_clock_measures_training_alone() -> None:
     with clock.paused():
         now.time += 50.0
     now.time += 2.0
-    assert clock.lap(12, 1300) == Lap(step_seconds=3.0, tokens_per_second=50.0, data_seconds=0.0)
+    assert rates(clock.lap(12, 1300)) == (3.0, 50.0, 0.0)
     now.time += 1.0
-    assert clock.lap(13, 1400) == Lap(step_seconds=1.0, tokens_per_second=100.0, data_seconds=0.0)
+    assert rates(clock.lap(13, 1400)) == (1.0, 100.0, 0.0)
     with pytest.raises(ValueError, match="step 13"):
         clock.lap(13, 1400)
 
@@ -108,9 +133,9 @@ def test_waiting_for_data_is_counted_per_step() -> None:
     for expected in (3.0, 1.0):
         assert next(data) == expected
         now.time += 10.0
-    assert clock.lap(2, 10) == Lap(step_seconds=12.0, tokens_per_second=10 / 24, data_seconds=2.0)
+    assert rates(clock.lap(2, 10)) == (12.0, 10 / 24, 2.0)
     assert list(data) == [2.0]
-    assert clock.lap(3, 20) == Lap(step_seconds=2.5, tokens_per_second=4.0, data_seconds=2.5)
+    assert rates(clock.lap(3, 20)) == (2.5, 4.0, 2.5)
 
 
 def test_clock_pauses_when_the_pause_fails() -> None:
@@ -125,7 +150,38 @@ def test_clock_pauses_when_the_pause_fails() -> None:
     with pytest.raises(OSError):  # noqa: PT011 - ours, raised above
         fail()
     now.time += 2.0
-    assert clock.lap(1, 10) == Lap(2.0, 5.0, 0.0)
+    assert rates(clock.lap(1, 10)) == (2.0, 5.0, 0.0)
+
+
+def test_pauses_and_phases_are_told_apart() -> None:
+    """Seconds of a phase are those of a step; a pause is told as a whole, once, and is no part of a step."""
+    now = _Clock()
+    timers = PhaseTimers(torch.device("cpu"), now=now)
+    clock = StepClock(0, 0, timers, now=now)
+
+    def compute() -> None:
+        for name, seconds in (("forward-compute", 1.0), ("backward-compute", 2.0), ("forward-backward", 0.5)):
+            timers(name, log_level=2).start()
+            now.time += seconds
+            timers(name).stop()
+
+    for _ in range(2):
+        timers("forward-compute").start()
+        now.time += 9.0  # waiting for data: the forward pass starts the timer again when it has them
+        compute()
+        with timers.phase("optimizer"):
+            now.time += 0.25
+        with clock.paused("validation"):
+            now.time += 30.0
+            compute()
+    with clock.paused("checkpoint"):
+        now.time += 70.0
+    lap = clock.lap(2, 10)
+    assert lap.step_seconds == 9.0 + 3.5 + 0.25
+    assert lap.phase_seconds == {"forward": 1.0, "backward": 2.0, "optimizer": 0.25}
+    assert lap.pause_seconds == {"checkpoint": 70.0, "validation": 2 * 33.5}
+    assert sum(clock.lap(3, 20).phase_seconds.values()) == 0
+    assert sum(clock.lap(4, 20).pause_seconds.values()) == 0
 
 
 def test_floats_survive_to_the_last_bit() -> None:

@@ -1,5 +1,8 @@
 """FusedAdam is AdamW, and its state has the form that Megatron saves and loads."""
 
+import math
+
+import pytest
 import torch
 
 from nld_train.platform.device import Platform
@@ -61,6 +64,54 @@ def test_matrices_decay_and_norms_do_not(one_rank: RankPool) -> None:
     for name, ratio in one_rank.run(decay_case).items():
         expected = 1.0 if name.endswith("layernorm.weight") else 1 - 0.1 * 0.5
         assert abs(ratio - expected) < 1e-6, name
+
+
+def skip_case(topology: Topology, platform: Platform) -> tuple[list[float], list[bool]]:
+    """Norms that :func:`step_with_norm` returns for good, not finite and good gradients, and which steps changed
+    anything of weights, moments and step counts."""
+    from nld_train.config.schema import OptimConfig, ParallelConfig
+    from nld_train.model.build import build_model
+    from nld_train.testing.steps import tiny_model
+    from nld_train.training.optimizer import build_optimizer, set_hyperparameters, step_with_norm
+    from nld_train.training.run import connect, wrap_data_parallel
+
+    model = build_model(tiny_model(), ParallelConfig(), dtype=torch.bfloat16, device=platform.device, seed=1)
+    wrapped = wrap_data_parallel(model)
+    optim = OptimConfig(weight_decay=0.5)
+    optimizer = build_optimizer(optim, [wrapped], torch.bfloat16)
+    connect([wrapped], optimizer)
+
+    def state() -> list[torch.Tensor]:
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        found = [parameter.detach() for parameter in model.parameters()]
+        for inner in (part.optimizer for part in parts):
+            found += [torch.tensor(group.get("step", 0)) for group in inner.param_groups]
+            found += [parameter.detach() for group in inner.param_groups for parameter in group["params"]]
+            found += [value for moments in inner.state.values() for value in moments.values()]
+        return [tensor.clone() for tensor in found]
+
+    norms, changes = [], []
+    for value in (0.5, math.nan, -math.inf, 1e30, 0.5):  # 1e30: each is finite, their norm in fp32 is not
+        wrapped.zero_grad_buffer()
+        for parameter in model.parameters():
+            parameter.main_grad.fill_(0.5)  # type: ignore[attr-defined]
+        if topology.data_parallel_rank == 0:
+            next(model.parameters()).main_grad.view(-1)[3] = value  # type: ignore[attr-defined]
+        wrapped.finish_grad_sync()
+        set_hyperparameters(optimizer, optim, lr=0.1)
+        before = state()
+        norms.append(step_with_norm(optimizer, optim))
+        after = state()
+        changes.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
+    return norms, changes
+
+
+@pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])
+def test_a_step_that_is_not_finite_changes_nothing(ranks: str, request: pytest.FixtureRequest) -> None:
+    """With two ranks it is one element of one rank's gradient, and neither of them updates."""
+    norms, changes = request.getfixturevalue(ranks).run(skip_case)
+    assert [math.isfinite(norm) for norm in norms] == [True, False, False, False, True]
+    assert changes == [True, False, False, False, True]
 
 
 def reset_case(topology: Topology, platform: Platform) -> tuple[list[float], list[float]]:

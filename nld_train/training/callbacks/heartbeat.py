@@ -32,9 +32,11 @@ class Heartbeat:
         run_dir: folder of the run.
         rank: of this process.
         world_size: ranks of the run.
+        writes: False: this process does not touch the folder (a replay).
     """
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
+    def __init__(self, run_dir: Path, rank: int, world_size: int, *, writes: bool = True) -> None:
+        self._writes = writes
         self._run_dir = run_dir
         self._rank = rank
         self._fields: dict[str, Any] = {"world_size": world_size}
@@ -72,6 +74,8 @@ class Heartbeat:
 
         Never raises: a full disk is no reason to end a run.
         """
+        if not self._writes:
+            return
         fields = {**self._fields, "message": message, "time": time.time()}
         if self._rank != 0:
             previous = read_heartbeat(self._run_dir)
