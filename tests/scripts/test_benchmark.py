@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from nld_train.testing.benchmarks.comparison import Comparison, machine, run_comparison, write_json
+from nld_train.testing.benchmarks.conversion import anonymous_bytes
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
@@ -26,14 +29,14 @@ def scripted_measure(costs: dict[Any, list[float]]) -> Any:
     return lambda work: next(remaining[work])
 
 
-def test_rows_hold_medians_and_the_ratio_to_the_first_variant(benchmark: dict[str, Any]):
+def test_rows_hold_medians_and_the_ratio_to_the_first_variant():
     def slow() -> list[torch.Tensor]:
         return [torch.ones(3)]
 
     def fast() -> list[torch.Tensor]:
         return [torch.ones(3) * (1 + 1e-7)]
 
-    comparison = benchmark["Comparison"](
+    comparison = Comparison(
         title="t",
         variants={"slow": slow, "fast": fast},
         tolerance=1e-6,
@@ -41,7 +44,7 @@ def test_rows_hold_medians_and_the_ratio_to_the_first_variant(benchmark: dict[st
         measure=scripted_measure({slow: [99, 4, 6, 8], fast: [99, 2, 2, 2]}),
         unit_scale=1000,
     )
-    base, row = benchmark["run_comparison"]("s", comparison, rounds=3, warmup=1)
+    base, row = run_comparison("s", comparison, rounds=3, warmup=1)
     assert (base.median, base.quartiles, base.ratio, base.passed) == (6000, (5000, 7000), 1.0, True)
     assert (row.median, row.ratio, row.ratio_quartiles, row.passed) == (2000, 3.0, (2.5, 3.5), True)
     row.required = 3.1
@@ -49,22 +52,22 @@ def test_rows_hold_medians_and_the_ratio_to_the_first_variant(benchmark: dict[st
 
 
 @pytest.mark.parametrize("wrong", [1.1, float("nan")])
-def test_a_variant_with_another_result_is_not_timed(benchmark: dict[str, Any], wrong: float):
-    comparison = benchmark["Comparison"](
+def test_a_variant_with_another_result_is_not_timed(wrong: float):
+    comparison = Comparison(
         title="joint",
         variants={"right": lambda: [torch.ones(3)], "wrong": lambda: [torch.ones(3) * wrong]},
         tolerance=1e-2,
         measure=scripted_measure({}),
     )
     with pytest.raises(RuntimeError, match="joint: result 0 of 'wrong'"):
-        benchmark["run_comparison"]("s", comparison, rounds=1, warmup=0)
+        run_comparison("s", comparison, rounds=1, warmup=0)
 
 
-def test_results_are_stored_with_the_machine(benchmark: dict[str, Any], tmp_path: Path):
-    comparison = benchmark["Comparison"](title="t", variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
-    rows = benchmark["run_comparison"]("s", comparison, rounds=2, warmup=0)
+def test_results_are_stored_with_the_machine(tmp_path: Path):
+    comparison = Comparison(title="t", variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
+    rows = run_comparison("s", comparison, rounds=2, warmup=0)
     path = tmp_path / "new" / "result.json"
-    benchmark["write_json"](path, benchmark["machine"](False), rows)
+    write_json(path, machine(False), rows)
     stored = json.loads(path.read_text())
     assert stored["machine"]["torch"] == torch.__version__
     assert [(row["variant"], row["ratio"], row["rounds"]) for row in stored["rows"]] == [("a", 1.0, 2)]
@@ -99,13 +102,13 @@ def test_conversion_is_half_as_fast_as_copying_and_small_in_memory(tmp_path: Pat
     assert "peak anonymous memory" in finished.stdout
 
 
-def test_anonymous_memory_of_a_process_is_read(benchmark: dict[str, Any]):
-    before = benchmark["anonymous_bytes"](os.getpid())
+def test_anonymous_memory_of_a_process_is_read():
+    before = anonymous_bytes(os.getpid())
     # Not from the heap, which may have that much to spare.
     with mmap.mmap(-1, 50_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         block.write(b"x" * 50_000_000)
-        assert benchmark["anonymous_bytes"](os.getpid()) - before > 40_000_000
-    assert benchmark["anonymous_bytes"](2**30) == 0
+        assert anonymous_bytes(os.getpid()) - before > 40_000_000
+    assert anonymous_bytes(2**30) == 0
 
 
 @pytest.mark.long
@@ -113,8 +116,7 @@ def test_a_conversion_runs_in_a_process_of_its_own_and_its_result_is_checked(tmp
     """Through an ordinary import: the child process imports the module again."""
     program = f"""
 import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import benchmark
+from nld_train.testing.benchmarks import conversion as benchmark
 from pathlib import Path
 from nld_train.config.schema import ModelConfig
 if __name__ == "__main__":

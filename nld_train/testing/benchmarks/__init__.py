@@ -1,0 +1,1 @@
+"""The suites of scripts/benchmark.py: each is a function that yields comparisons."""

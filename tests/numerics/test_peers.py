@@ -1,0 +1,62 @@
+"""What the benchmark measures against computes the same loss and gradients as the engine's step."""
+
+import torch
+from torch import Tensor
+
+from nld_train.config.schema import ObjectiveConfig, ParallelConfig
+from nld_train.model.attention import resolve_backend
+from nld_train.model.build import build_model
+from nld_train.model.head import select_weighted_rows
+from nld_train.objective.normalize import row_weights
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
+from nld_train.testing.peers import PlainModel, PublicRecipeModel
+from nld_train.testing.ranks import RankPool
+from nld_train.testing.steps import StepCase, loader_batches, tiny_model, tiny_recipe
+from nld_train.training.run import connect, wrap_data_parallel
+from nld_train.training.step import LossWeights, StepShape, lay_out, run_microbatches
+
+LENGTH, BLOCK = 32, 4
+
+
+def gradients_of_all(topology: Topology, platform: Platform, case: StepCase) -> dict[str, dict[str, Tensor]]:
+    """Loss sum and gradients (not yet divided) of one micro-batch: ours, the public recipe's, the plain loop's."""
+    shape, device, objective = case.model, platform.device, case.objective
+    (sample,) = loader_batches(case, topology)
+    weights = LossWeights(diffusion=0.3)
+    ours = build_model(shape, ParallelConfig(), dtype=torch.float64, device=device, seed=1)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, model in (
+        ("ours", ours),
+        ("public", PublicRecipeModel(shape, dtype=torch.float64, device=device, seed=1)),
+    ):
+        wrapped = wrap_data_parallel(model, use_distributed_optimizer=False)
+        connect([wrapped], None)
+        wrapped.zero_grad_buffer()
+        step = StepShape(num_microbatches=1, micro_batch_size=len(sample.tokens), num_rows=None)
+        terms = run_microbatches(iter([sample]), [wrapped], step, objective=objective, weights=weights, device=device)
+        found[name] = {key: parameter.main_grad * terms.divisor for key, parameter in model.named_parameters()}
+        found[name]["loss"] = terms.loss_sum
+    plain = PlainModel(shape, dict(ours.named_parameters()), resolve_backend(shape.attention_backend, device))
+    joint = lay_out(sample, objective.block_size)
+    of_rows = row_weights(joint, objective.normalization.value, weights.diffusion, weights.ar)
+    loss = plain(joint.tokens, joint.layout, select_weighted_rows(joint, of_rows))
+    loss.backward()
+    found["plain"] = {key: plain.get_parameter(name).grad for key, name in plain.names.items()}
+    found["plain"]["loss"] = loss.detach()
+    return found
+
+
+def test_what_is_measured_against_takes_the_same_step(one_rank: RankPool) -> None:
+    samples = torch.randint(4, tiny_model().vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+    objective: ObjectiveConfig = tiny_recipe(block_size=BLOCK, noisy_fraction=0.5)
+    for case in (
+        StepCase(samples=samples, objective=tiny_recipe(block_size=BLOCK), micro_batch_size=2),
+        StepCase(samples=samples, objective=objective, micro_batch_size=2),
+    ):
+        found = one_rank.run(gradients_of_all, case)
+        for peer in ("public", "plain"):
+            assert set(found[peer]) == set(found["ours"])
+            for name, expected in found["ours"].items():
+                error = ((found[peer][name] - expected).norm() / expected.norm()).item()
+                assert error < 1e-12, f"{peer}, {name}: {error:.1e}"
