@@ -1,10 +1,13 @@
 """``train.py`` with a fault put into it: ``python -m nld_train.testing.faulty_train FAULT STEP SAMPLE key=value ...``
 
-FAULT ``embedding``: in step STEP the embedding of a token of sample SAMPLE (place in the stream) is NaN. ``always``:
+FAULT ``embedding``: in step STEP the embedding of a token of sample SAMPLE (place in the stream) is NaN. ``stopped``:
+the same, and a signal asks the run to stop in that step. ``always``:
 from step STEP on that of some sample is. ``gradient``: in step STEP gradients are infinite and every loss is finite.
 ``skip``: the update of step STEP is left out, and nothing else is wrong. ``lost``: in step STEP a weight becomes NaN.
 """
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -39,6 +42,8 @@ def put_in(fault: str, fault_step: int, sample: int) -> None:
             and (is_due or (fault == "always" and step_of_now[0] >= fault_step))
         ):
             row = batch[2].tolist().index(sample) if is_due else 0
+            if fault == "stopped":
+                os.kill(os.getpid(), signal.SIGUSR1)
 
             def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
                 output = output.clone()  # [S, B, H]
@@ -74,7 +79,7 @@ def put_in(fault: str, fault_step: int, sample: int) -> None:
         return update(optimizer, optim)
 
     trainer_module.Trainer._step = lost_step if fault == "lost" else counted_step  # type: ignore[method-assign, assignment]
-    if fault in ("embedding", "always"):
+    if fault in ("embedding", "always", "stopped"):
         step_module.forward_step = faulty_model_step  # type: ignore[assignment]
     elif fault == "skip":
         trainer_module.step_with_norm = no_update

@@ -144,9 +144,9 @@ class Trainer:
                 data = clock.waiting(self._begin(stage, first))
             for step in range(first, stage.last_step + 1):
                 result = self._step(stage, step, data, saved_at)
-                is_last = step == final_step or result.agreed.stops
-                # After a step that was skipped nobody knows whether the model is still good: a save waits for one that
-                # was not, so that checkpoints of a model that is lost do not replace the last good ones.
+                is_last = step == final_step or (result.agreed.stops and not result.is_skipped)
+                # After a step that was skipped nobody knows whether the model is still good: a save, and a stop, wait
+                # for one that was not, so that checkpoints of a model that is lost do not replace the last good ones.
                 is_save_due = is_save_due or is_last or result.agreed.saves or self._saves_at(step)
                 saves = is_save_due and not result.is_skipped
                 record = self._record(stage, step, result) if self._logs_at(stage, step, result) or saves else {}
@@ -170,7 +170,7 @@ class Trainer:
                         self._begin_save(stage, step, record, validation)
                         if is_last or not self.config.checkpoint.asynchronous:
                             newest = self._finish_save() or newest
-                if result.agreed.stops and step != final_step:
+                if is_last and step != final_step:
                     return TrainResult(
                         checkpoint=newest.folder if newest is not None else None, last_step=step, is_stopped=True
                     )

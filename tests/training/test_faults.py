@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nld_train.config.schema import Config, RunConfig, TrainConfig
-from nld_train.errors import ConfigError
+from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing.ranks import RankPool
@@ -246,6 +246,18 @@ def test_two_ranks_agree_on_what_is_left_out(cache: Path, tmp_path: Path, layout
         result = run(run_dir, cache, fault, FAULT_STEP, BAD_SAMPLE, *layout, ranks=2)
         assert result.returncode == 0, result.stdout + result.stderr
     compare(*runs, rank=rank)
+
+
+@pytest.mark.long
+def test_a_stop_waits_for_a_step_that_is_not_skipped(spoiled: Path, cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "stopped"
+    stopped = run(run_dir, cache, "stopped", FAULT_STEP, BAD_SAMPLE)
+    assert stopped.returncode == EXIT_RESTART, stopped.stderr
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{FAULT_STEP + 1:08d}"]
+    assert [record["step"] for record in records(run_dir) if record.get("is_skipped")] == [FAULT_STEP]
+    finished = run(run_dir, cache, "skip", 99, 0)
+    assert finished.returncode == 0, finished.stderr
+    same_tensors(run_dir, spoiled)
 
 
 @pytest.mark.long
