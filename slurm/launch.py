@@ -6,7 +6,8 @@
 
 SIGUSR2 or SIGTERM asks the ranks to stop: each gets SIGUSR1, once, as soon as it listens for it. A rank that is still
 loading would lose the signal or die of it, and torchrun does not hand it on.
-The exit status is that of the program: 128 + n for signal n. MASTER_ADDR, MASTER_PORT and Slurm's variables are read.
+The exit status is that of the program: 128 + n for signal n, 78 for its 2, a configuration that it refuses.
+MASTER_ADDR, MASTER_PORT and Slurm's variables are read.
 """
 
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 import psutil
 
 POLL_SECONDS = 0.2
+EXIT_REFUSED = 78
+"""EX_CONFIG: train.py has refused its configuration (its own status is 2). Nothing is started again."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             if asked:
                 ask_to_stop([process.pid] if launcher == "task" else children(process.pid), told)
             continue
-        return status if status >= 0 else 128 - status
+        # 2 is also how Python ends that finds no program: on one node without the folder, say.
+        return EXIT_REFUSED if status == 2 and Path(program[0]).exists() else status if status >= 0 else 128 - status
 
 
 def run_agent(arguments: Sequence[str]) -> int:

@@ -18,7 +18,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -256,7 +255,8 @@ class CheckpointManager:
     def latest(self) -> tuple[Path | None, list[str]]:
         """Newest checkpoint that is complete and undamaged, the same answer on every rank. Collective.
 
-        A damaged one is renamed to ``damaged_step_*``, for somebody to look at.
+        Damaged ones newer than that are renamed to ``damaged_step_*``, for somebody to look at. Where none is whole
+        all keep their names, so that the next start does not take the run for a new one.
 
         Returns:
             the checkpoint (None where there is none at all), and for each damaged one what is wrong with it.
@@ -264,20 +264,24 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged, or one is of another version.
         """
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         for checkpoint in reversed(self._from_main(lambda: complete_checkpoints(self.directory))):
             found = self._damage(checkpoint)
-            if not found:
-                return checkpoint, damaged
-            moved = self._from_main(partial(_set_aside, checkpoint))
-            damaged.append(f"{checkpoint} is damaged and not used, now {moved.name}: {'; '.join(found)}")
+            if found:
+                damaged[checkpoint] = "; ".join(found)
+                continue
+            moved = self._from_main(lambda: [_set_aside(path) for path in damaged])
+            return checkpoint, [
+                f"{path} is damaged and not used, now {aside.name}: {what}"
+                for (path, what), aside in zip(damaged.items(), moved, strict=True)
+            ]
         if damaged:
             raise CheckpointError(
                 str(self.directory),
-                "no checkpoint is undamaged: " + " | ".join(damaged),
+                "no checkpoint is undamaged: " + " | ".join(f"{path}: {what}" for path, what in damaged.items()),
                 "restore one from a copy; to start anew, use another run.dir",
             )
-        return None, damaged
+        return None, []
 
     def _from_main(self, function: Callable[[], Any]) -> Any:
         """What rank 0 finds. Collective."""

@@ -6,6 +6,7 @@ whole parameter: no communication, no second copy, and a file that Megatron's lo
 """
 
 import io
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -297,5 +298,7 @@ def write_common_files(folder: Path, common: Mapping[str, Any], of_ranks: Iterab
         ObjectWriter(file).save(dict(common))
     checksums["common.pt"] = file.checksum
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    with (folder / "metadata.json").open("rb") as config_file:
+        os.fsync(config_file.fileno())
     checksums["metadata.json"] = Checksum.of(folder / "metadata.json")
     return checksums

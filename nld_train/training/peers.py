@@ -48,6 +48,7 @@ class Peers:
         self._rank = 0
         self._connections: dict[socket.socket, int] = {}
         self._lock = threading.Lock()
+        self._main_is_done = threading.Event()
 
     def connect(self, group: dist.ProcessGroup | None = None) -> None:
         """Meet all ranks. Collective."""
@@ -82,6 +83,13 @@ class Peers:
     def tell(self, kind: str, status: int = 0, message: str = "") -> None:
         """Say that this rank ends, and how."""
         self._send(Notice(self._rank, kind, status, message))
+
+    def end_after_main(self, timeout: float) -> None:
+        """End together: rank 0 when it has nothing left to do, the others when it says so, since launchers end the
+        ranks that are left when the first one has gone."""
+        self.tell("done")
+        if self._rank != 0:
+            self._main_is_done.wait(timeout)
 
     def _add(self, connection: socket.socket, rank: int) -> None:
         connection.settimeout(None)
@@ -124,6 +132,8 @@ class Peers:
     def _heard(self, notice: Notice) -> bool:
         """True: the rank is done."""
         if notice.kind == "done":
+            if notice.rank == 0:
+                self._main_is_done.set()
             return True
         if self._rank == 0:
             self._send(notice)  # the others know rank 0 alone

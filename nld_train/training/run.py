@@ -41,6 +41,7 @@ from nld_train.training.stopping import StepAgreement
 from nld_train.training.supervision import Supervisor
 from nld_train.training.trainer import Trainer
 
+_END_SECONDS = 120.0  # so long a stopped rank waits for what rank 0 has to close, Weights & Biases say
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -141,19 +142,28 @@ def run(config: Config) -> int:
                     return 0
                 with supervisor.watchdog, supervisor.signals.deferred():
                     result = trainer.train()
-                supervisor.peers.tell("done")
+                if not result.is_stopped:
+                    supervisor.peers.tell("done")
             # The process groups are gone: no other rank waits, with a timeout, for what rank 0 still has to do.
             if result.is_stopped:
                 words = f"stopped by {supervisor.signals.requested or 'a signal to another rank'}"
-                callbacks.on_message(f"{words} after step {result.last_step}; the same command goes on from there")
-                supervisor.heartbeat.state("stopped", words)
+                is_saved = result.saved_step == result.last_step
+                where = "there" if is_saved else f"step {result.saved_step}: there is no newer checkpoint"
+                words = f"{words} after step {result.last_step}; the same command goes on from {where}"
+                callbacks.on_message(words)
+                if is_main:
+                    supervisor.heartbeat.state("stopped" if is_saved else None, words)
+                ending, callbacks = callbacks, CallbackList()
+                ending.on_run_end()
+                supervisor.peers.end_after_main(_END_SECONDS)
                 return EXIT_RESTART
             if is_finished:
                 callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
             checkpoint = result.checkpoint or (resume.checkpoint if resume is not None else None)
             if is_main and checkpoint is not None:
                 finish(config, checkpoint, callbacks)
-            supervisor.heartbeat.state("finished")
+            if is_main:  # the others end while it exports
+                supervisor.heartbeat.state("finished")
             return 0
         except BaseException as error:
             supervisor.failed(error, EXIT_BAD_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)

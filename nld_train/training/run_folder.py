@@ -45,6 +45,7 @@ _FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")
 
 
 _LOCK_SECONDS = 5.0  # a killed run may take a moment to be gone
+_LOCK_SECONDS_AFTER_REQUEUE = 180.0  # of a node that was lost, a file server gives locks back when its lease is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ def lock_run_folder(run_dir: Path) -> None:
         ConfigError: another process holds it, and goes on to hold it.
     """
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # kept open for the life of the process
-    deadline = time.monotonic() + _LOCK_SECONDS
+    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    deadline = time.monotonic() + (_LOCK_SECONDS_AFTER_REQUEUE if is_requeued else _LOCK_SECONDS)
     while True:
         try:
             return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

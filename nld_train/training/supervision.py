@@ -1,5 +1,6 @@
 """What can end a run from outside of its loop, on one rank: signals, lost ranks, no progress, another rank's error."""
 
+import errno
 import os
 import threading
 import time
@@ -7,10 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 import torch.distributed as dist
 
 from nld_train.config.schema import Config
-from nld_train.errors import EXIT_RESTART, ConfigError
+from nld_train.errors import EXIT_RESTART, ConfigError, NLDError
 from nld_train.training.callbacks.heartbeat import Heartbeat
 from nld_train.training.peers import Notice, Peers
 from nld_train.training.stopping import StopSignals
@@ -31,6 +33,8 @@ class Supervisor:
     """So long an error of a collective waits for the news that a peer is gone."""
     STALL_SECONDS = 2.0
     """So long the others have to write their stacks."""
+    END_SECONDS = 10.0
+    """So long an end may take that writes to the run's folder, which may be what hangs."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.run_dir = Path(config.run.dir)
@@ -57,8 +61,8 @@ class Supervisor:
         """The main thread ends with an error: tell the others, unless the error is that one of them is gone."""
         if self._world_size > 1 and not isinstance(error, ConfigError):
             time.sleep(self.LOSS_SECONDS)  # a lost peer ends this process meanwhile
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                self._end(EXIT_RESTART, f"a collective failed: {error}", None)
+        if is_of_the_machine(error):
+            self._end(EXIT_RESTART, f"{type(error).__name__}: {error}", None)
         message = f"{type(error).__name__}: {error}"
         self.heartbeat.state("failed", message)
         self.peers.tell("failed", status, message)
@@ -70,6 +74,7 @@ class Supervisor:
         self._end(EXIT_RESTART, f"rank {rank} is gone: ended without saving", None)
 
     def _stalled(self, reason: str) -> None:
+        self._end_in_time(EXIT_RESTART)
         path = dump_stacks(self.run_dir, self._rank, reason)
         message = f"rank {self._rank}: {reason}; stacks in {path}"
         self.heartbeat.state("stalled", message)
@@ -79,6 +84,7 @@ class Supervisor:
 
     def _notice(self, notice: Notice) -> None:
         if notice.kind == "stalled":
+            self._end_in_time(EXIT_RESTART)
             dump_stacks(self.run_dir, self._rank, notice.message)
             if self._rank == 0:
                 self.heartbeat.state("stalled", notice.message)
@@ -91,9 +97,31 @@ class Supervisor:
 
     def _end(self, status: int, message: str, state: str | None) -> None:
         """Never returns. The first thread that comes here decides."""
+        self._end_in_time(status)
         self._ending.acquire()
-        if self._rank == 0 or state is not None:
-            self.heartbeat.state(state, message)
-        # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"[rank {self._rank}] {message}\n".encode())
-        os._exit(status)
+        try:
+            # Not through sys.stderr, whose lock the main thread may hold.
+            os.write(2, f"[rank {self._rank}] {message}\n".encode())
+            if self._rank == 0 or state is not None:
+                self.heartbeat.state(state, message)
+        finally:
+            os._exit(status)
+
+    def _end_in_time(self, status: int) -> None:
+        timer = threading.Timer(self.END_SECONDS, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """A machine, its GPU, its file system or its network has failed: started again elsewhere, the run may go on."""
+    if isinstance(error, NLDError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.EREMOTEIO)
+    words = ("gloo", "NCCL", "CUDA error", "DataLoader worker")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, torch.OutOfMemoryError)
+        and any(word in str(error) for word in words)
+    )

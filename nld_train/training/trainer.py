@@ -69,9 +69,11 @@ class _StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How the loop ended: the newest checkpoint that it wrote (None: none), and whether a signal stopped it."""
+    """How the loop ended: the newest checkpoint that it wrote (None: none) and of which step, and whether a signal
+    stopped it."""
 
     checkpoint: Path | None
+    saved_step: int
     last_step: int
     is_stopped: bool
 
@@ -171,17 +173,21 @@ class Trainer:
                         if is_last or not self.config.checkpoint.asynchronous:
                             newest = self._finish_save() or newest
                 if is_last and step != final_step:
-                    return TrainResult(
-                        checkpoint=newest.folder if newest is not None else None, last_step=step, is_stopped=True
-                    )
+                    return self._result(newest, step, is_stopped=True)
         if self.start_step < final_step and (newest is None or newest.step != final_step):
             raise CheckpointError(
                 str(self.manager.directory),
                 f"the checkpoint of the last step, {final_step}, could not be written",
                 "free space, then start the run again: it goes on from the checkpoint before",
             )
+        return self._result(newest, final_step, is_stopped=False)
+
+    def _result(self, newest: SaveResult | None, last_step: int, *, is_stopped: bool) -> TrainResult:
         return TrainResult(
-            checkpoint=newest.folder if newest is not None else None, last_step=final_step, is_stopped=False
+            checkpoint=newest.folder if newest is not None else None,
+            saved_step=newest.step if newest is not None else self.start_step,
+            last_step=last_step,
+            is_stopped=is_stopped,
         )
 
     def _watched(self, data: Iterable[LoaderBatch]) -> Iterator[LoaderBatch]:

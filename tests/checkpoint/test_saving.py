@@ -110,7 +110,7 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(two_ranks
         assert found == directory / older.name, directory
         assert len(damaged) == 1
         assert str(directory / newest.name) in damaged[0]
-        assert name in damaged[0], damaged
+        assert name in damaged[0].partition("now damaged_")[2], damaged
         assert (directory / f"damaged_{newest.name}").is_dir()
 
 
@@ -131,7 +131,8 @@ def test_nothing_undamaged_is_an_error_and_no_new_beginning(one_rank: RankPool, 
     one_rank.run(save_two, str(tmp_path))
     for folder in complete_checkpoints(tmp_path):
         flip(folder / "__0_0.distcp")
-    message, nothing = one_rank.run(latest, str(tmp_path), str(tmp_path / "nothing there"))
+    message, again, nothing = one_rank.run(latest, str(tmp_path), str(tmp_path), str(tmp_path / "nothing there"))
+    assert message == again  # the next start does not begin anew, either
     assert "no checkpoint is undamaged" in message
     assert "step_00000001" in message
     assert "step_00000002" in message

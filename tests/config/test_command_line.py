@@ -123,7 +123,7 @@ def test_cfg_job_prints_the_recipe_anywhere(tmp_path: Path):
 def test_help_shows_groups_keys_and_examples(tmp_path: Path):
     result = launch(tmp_path, "--help")
     assert result.returncode == 0, result.stderr
-    for line in ("experiment: nld_14b, nld_3b, nld_8b, tiny", "objective: default, megatron_bridge, nld_recipe"):
+    for line in ("experiment: nld_14b, nld_3b, nld_8b, small, tiny", "objective: default, megatron_bridge, nld_recipe"):
         assert line in result.stdout
     for text in (
         "objective.block_size=32",

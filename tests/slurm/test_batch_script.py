@@ -135,10 +135,14 @@ def test_a_finished_run_ends_the_rest_of_its_chain(run: FakeRun) -> None:
     assert (ended.status, ended.calls) == (0, ["scancel 4243 4250"]), ended.output
 
 
-@pytest.mark.parametrize(("state", "status"), [("failed", 1), (None, 2), ("starting", 2)])
+@pytest.mark.parametrize(("state", "status"), [("failed", 1), (None, 78), ("starting", 78)])
 def test_an_error_is_not_tried_again(run: FakeRun, state: str | None, status: int) -> None:
     ended = run.start(state=state, status=status, checkpoint=3)
     assert (ended.status, ended.calls) == (status, []), ended.output
+
+
+def test_a_program_that_a_node_has_not_is_tried_again(run: FakeRun) -> None:
+    assert run.start(state=None, status=2, checkpoint=3).calls == REQUEUE
 
 
 def test_an_error_is_no_success_although_the_step_says_so(run: FakeRun) -> None:

@@ -93,15 +93,21 @@ def test_torchrun_survives_and_each_of_its_ranks_gets_one(tmp_path: Path, progra
 def test_an_error_of_one_rank_is_the_status_of_its_node(tmp_path: Path) -> None:
     """Whatever the others end with, and although torchrun ends those that are left."""
     path = tmp_path / "rank.py"
-    path.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(2)\ntime.sleep(100)")
+    path.write_text("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(3)\ntime.sleep(100)")
     process = start("torchrun", path, port=free_port())
-    assert process.wait(60) == 2, process.communicate()[1]
+    assert process.wait(60) == 3, process.communicate()[1]
 
 
 @pytest.mark.parametrize(
-    ("program_text", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)]
+    ("program_text", "status"),
+    [("raise SystemExit(3)", 3), ("raise SystemExit(2)", 78), ("import os; os.kill(os.getpid(), 9)", 137)],
 )
 def test_the_exit_status_is_the_ranks(tmp_path: Path, program_text: str, status: int) -> None:
     path = tmp_path / "rank.py"
     path.write_text(program_text)
     assert start("task", path).wait(30) == status
+
+
+def test_a_program_that_is_not_there_is_no_refusal(tmp_path: Path) -> None:
+    """Python ends with 2, too; a node without the folder is not the configuration's fault."""
+    assert start("task", tmp_path / "nowhere.py").wait(30) == 2

@@ -1,6 +1,7 @@
 """Signals, watchdog, lost peers: alone, and in runs of one and two ranks."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -14,12 +15,15 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from nld_train.checkpoint.manager import complete_checkpoints
-from nld_train.errors import EXIT_RESTART
+from nld_train.config.schema import Config, RunConfig
+from nld_train.errors import EXIT_RESTART, TrainingError
 from nld_train.testing.jobs import Job, group_is_alive, last_step, records, same_export, steps, train
 from nld_train.training.callbacks.heartbeat import Heartbeat, read_heartbeat
 from nld_train.training.stopping import StopSignals
+from nld_train.training.supervision import Supervisor, is_of_the_machine
 from nld_train.training.watchdog import Watchdog, dump_stacks
 
 ENDLESS = (steps("joint", 10**6), "export.enabled=false")
@@ -161,6 +165,33 @@ def test_a_heartbeat_tells_state_restarts_and_warnings(tmp_path: Path) -> None:
     assert found is not None
     assert (found["state"], found["message"], found["step"], found["restarts"]) == ("stalled", "rank 1", 4, 1)
     assert not list(tmp_path.glob(".heartbeat*"))
+
+
+def test_what_another_machine_may_survive_is_no_failure_of_the_run() -> None:
+    """An error that the run would meet again is told apart from one of the machine, whatever words are in its text."""
+    assert is_of_the_machine(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+    assert is_of_the_machine(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+    assert is_of_the_machine(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
+    assert is_of_the_machine(OSError(errno.ESTALE, "Stale file handle"))
+    assert not is_of_the_machine(TrainingError("runs/gloo", "the gradient is nan", "lower lr"))
+    assert not is_of_the_machine(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_of_the_machine(RuntimeError("shape mismatch"))
+    assert not is_of_the_machine(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_an_end_does_not_wait_for_a_folder_that_hangs(tmp_path: Path) -> None:
+    """The heartbeat's temporary name is a pipe that nobody reads."""
+
+    def body() -> None:
+        Supervisor.END_SECONDS = 1.0
+        supervisor = Supervisor(Config(run=RunConfig(dir=str(tmp_path))), 0, 1)
+        supervisor.heartbeat.start(10)
+        os.mkfifo(tmp_path / ".heartbeat.json.0.tmp")
+        supervisor._lost(1)
+
+    ended = _in_child(body)
+    ended.join(30)
+    assert ended.exitcode == EXIT_RESTART
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

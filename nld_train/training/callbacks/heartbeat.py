@@ -5,6 +5,7 @@ by a watchdog) or ``failed`` (an error was reported: never start it again unseen
 have gone means that they were killed.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -92,5 +93,6 @@ class Heartbeat:
             temporary.write_text(json.dumps(fields, sort_keys=True) + "\n")
             temporary.replace(path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self._written_at = time.monotonic()
