@@ -34,6 +34,20 @@ from nld_train.errors import NLDError
 _LINE_SECONDS = 10.0
 """Where the output is no terminal, progress is a line now and then."""
 _MODES = ("ar", "diffusion", "linear", "quadratic")
+_LEAST = {
+    "documents": 1,
+    "windows": 0,
+    "max_length": 2,  # the first token is given
+    "sweeps": 2,  # whose spread is the error
+    "num_prompts": 1,
+    "held_out": 0,
+    "max_new_tokens": 1,
+    "block_length": 1,
+    "blocks": 1,
+    "budget": 1,
+    "limit": 1,
+}
+"""The smallest value of each option that is a number."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,13 +94,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--modes", nargs="+", choices=_MODES, default=["ar"], help="default ar")
     group.add_argument("--limit", type=int, help="documents of each task (default: all)")
     parsed = parser.parse_args(argv)
-    for name in ("documents", "max_length", "blocks", "budget", "max_new_tokens"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: {getattr(parsed, name)}; it must be at least 1")
-    if parsed.held_out < 0:
-        parser.error(f"argument --held-out: {parsed.held_out}; it must be at least 0")
-    if parsed.sweeps < 2:
-        parser.error(f"argument --sweeps: {parsed.sweeps}; it must be at least 2")
+    for name, least in _LEAST.items():
+        value = getattr(parsed, name)
+        if value is not None and value < least:
+            parser.error(f"argument --{name.replace('_', '-')}: {value}; it must be at least {least}")
     if min(parsed.block_sizes) < 1:
         parser.error(f"argument --block-sizes: {min(parsed.block_sizes)}; it must be at least 1")
     if parsed.eos not in ("none", "auto") and not parsed.eos.isdecimal():

@@ -30,6 +30,10 @@ except ImportError as error:
     ) from error
 
 
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names under which tasks give the number of new tokens."""
+
+
 @register_model("nld")
 class NLDHarnessModel(LM):  # type: ignore[misc]
     """An exported model in lm-eval.
@@ -127,7 +131,10 @@ class NLDHarnessModel(LM):  # type: ignore[misc]
     def _continue(self, context: str, arguments: dict[str, Any]) -> str:
         until = arguments.pop("until", None) or []
         stops = [until] if isinstance(until, str) else list(until)
-        max_new_tokens = int(arguments.pop("max_gen_toks", self._max_gen_toks))
+        lengths = {name: int(arguments.pop(name)) for name in _LENGTHS if name in arguments}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"generation_kwargs: {lengths} contradict one another; give one of them")
+        max_new_tokens = next(iter(lengths.values()), self._max_gen_toks)
         temperature = float(arguments.pop("temperature", None) or 0.0)
         if not arguments.pop("do_sample", temperature > 0.0):
             temperature = 0.0

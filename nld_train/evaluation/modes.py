@@ -122,7 +122,8 @@ def continue_with(model: Any, prompt_ids: Tensor, way: Way, ar_ids: Sequence[int
     new_ids = output_ids[0, len(prompt_ids) :]
     token_ids = new_ids.tolist()
     before = [0, *settled] if way.mode in (DecodingMode.ar, DecodingMode.diffusion) else settled
-    accepted = [b - a for a, b in pairwise(before) if b > a]
+    # What stands behind an eos token is filling, not output.
+    accepted = [b - a for a, b in pairwise(min(count, len(token_ids)) for count in before) if b > a]
     other = token_ids if ar_ids is None else ar_ids
     agreeing = sum(a == b for a, b in zip(token_ids, other, strict=False))
     log_p = CleanPrefix(model).read(output_ids[0])[len(prompt_ids) - 1 : -1]

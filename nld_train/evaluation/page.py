@@ -9,7 +9,8 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from html import escape
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nld_train.errors import DataError
 from nld_train.evaluation import curves
 from nld_train.evaluation.reports import Run, differing_keys, load_run
-from nld_train.evaluation.tables import Table, tables_of
+from nld_train.evaluation.tables import Table, from_json, tables_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,8 @@ _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)")
 _START = re.compile(r"run +.* (?:starts|resumes after step (\d+) of \d+)$")
 _END = re.compile(r"run (?:finished|stopped): ")
 _SAMPLE = re.compile(r"\[(ar|diffusion|linear|quadratic)\] (\d+ tokens, \d+ forwards, [\d.]+ tokens per forward)$")
+
+_NEW_HEARTBEAT = "remove the file: the run writes it anew"
 
 _COLORS = {
     "#000000": "currentColor",
@@ -116,7 +119,7 @@ def read_subject(folder: Path, name: str) -> Subject:
         run,
         starts,
         samples,
-        _read_json(heartbeat, "remove the file: the run writes it anew") if heartbeat.is_file() else None,
+        _read_json(heartbeat, _NEW_HEARTBEAT) if heartbeat.is_file() else None,
         {
             suite: _read_json(path, "evaluate again, or remove the file")
             for suite in _SUITES
@@ -135,6 +138,17 @@ def build_page(folders: Sequence[Path]) -> str:
     title = f"Report: {', '.join(subject.name for subject in subjects)}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="quiet">written {datetime.now():%Y-%m-%d %H:%M}</p>']
     parts.append(_section("Overview", _html_table(_overview(subjects))))
+    # Drawn before what runs have in common: here an error names the run that it is in.
+    sections = [
+        _side_by_side(heading, [make(subject, f"r{i}") for i, subject in enumerate(subjects)], subjects)
+        for heading, make in (
+            ("Losses by stage", _losses),
+            ("Loss by masked share", _buckets),
+            ("Speed", _speed),
+            ("Starts", _starts),
+            ("Samples", _samples),
+        )
+    ]
     if len(subjects) > 1:
         settings = _differences(subjects)
         if settings.lines:
@@ -142,14 +156,7 @@ def build_page(folders: Sequence[Path]) -> str:
         figure = curves.draw_validations({subject.name: subject.run.metrics for subject in subjects})
         if figure is not None:
             parts.append(_section("Validation losses", f'<div class="one">{_svg(figure, "validations")}</div>'))
-    for heading, make in (
-        ("Losses by stage", _losses),
-        ("Loss by masked share", _buckets),
-        ("Speed", _speed),
-        ("Starts", _starts),
-        ("Samples", _samples),
-    ):
-        parts.append(_side_by_side(heading, [make(subject, f"r{i}") for i, subject in enumerate(subjects)], subjects))
+    parts += sections
     for suite in _SUITES:
         cells = [_evaluation(subject, suite, f"r{number}") for number, subject in enumerate(subjects)]
         parts.append(_side_by_side(f"Evaluation: {suite.replace('_', ' ')}", cells, subjects))
@@ -172,6 +179,19 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise DataError(str(folders[0]), "is named twice", "name each run once")
+
+
+@contextmanager
+def _blaming(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """An error of the context says that ``path`` is not ``what``."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        raise DataError(str(path), f"is not {what} ({type(error).__name__}: {error})", remedy) from error
+
+
+def _blaming_metrics(subject: Subject) -> AbstractContextManager[None]:
+    return _blaming(subject.run.folder / "metrics.jsonl", "a run's metrics", "restore the file")
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -217,34 +237,41 @@ def _facts(subject: Subject) -> dict[str, str]:
     last = run.metrics.steps[-1]
     setting = run.settings
     restarts = len(subject.starts) - 1 if heartbeat is None else heartbeat.get("restarts")
-    facts = {
-        "folder": str(run.folder),
-        "state": "finished" if last["tokens"] >= run.num_tokens else "not finished",
-        "steps": f"{last['step']:,}",
-        "clean tokens": f"{last['tokens']:,} of {run.num_tokens:,}",
-        "model": f"{setting['model.num_layers']} layers, hidden {setting['model.hidden_size']}, "
-        f"vocabulary {setting['model.vocab_size']:,}",
-        "batch": f"{setting['train.global_batch_size']} x {setting['data.sequence_length']} tokens",
-        "seed": str(run.seed),
-    }
+    with _blaming(run.folder / "config.yaml", "a run's configuration", "restore the file"):
+        facts = {
+            "folder": str(run.folder),
+            "state": "finished" if last["tokens"] >= run.num_tokens else "not finished",
+            "steps": f"{last['step']:,}",
+            "clean tokens": f"{last['tokens']:,} of {run.num_tokens:,}",
+            "model": f"{setting['model.num_layers']} layers, hidden {setting['model.hidden_size']}, "
+            f"vocabulary {setting['model.vocab_size']:,}",
+            "batch": f"{setting['train.global_batch_size']} x {setting['data.sequence_length']} tokens",
+            "seed": str(run.seed),
+        }
+        stages = {
+            name: f"alpha {setting[f'stages.{name}.diffusion_loss_weight']:g}, "
+            f"{setting[f'stages.{name}.tokens']:,} tokens"
+            for name in run.stages
+        }
     if heartbeat is not None:
         message = heartbeat.get("message")
         facts["state"] = str(heartbeat.get("state")) + (f": {message}" if message else "")
         if isinstance(heartbeat.get("time"), int | float):
-            facts["last heartbeat"] = f"{datetime.fromtimestamp(heartbeat['time']):%Y-%m-%d %H:%M:%S}"
+            with _blaming(run.folder / "heartbeat.json", "a run's heartbeat", _NEW_HEARTBEAT):
+                facts["last heartbeat"] = f"{datetime.fromtimestamp(heartbeat['time']):%Y-%m-%d %H:%M:%S}"
         facts["ranks"] = str(heartbeat.get("world_size"))
     if heartbeat is not None or subject.starts:
         facts["restarts"] = str(restarts)
-    for name in run.stages:
-        records = [record for record in run.metrics.steps if record["stage"] == name]
-        rates = [record["tokens_per_second"] for record in records if record["tokens_per_second"] is not None]
-        alpha = setting[f"stages.{name}.diffusion_loss_weight"]
-        done = f"{statistics.median(rates):,.0f} tokens/s (median)" if rates else "not begun"
-        facts[f"stage {name}"] = f"alpha {alpha:g}, {setting[f'stages.{name}.tokens']:,} tokens, {done}"
-    for label, key in (("AR", "val_ar_loss"), ("diffusion", "val_diffusion_loss")):
-        measured = [record for record in run.metrics.validations if record[key] is not None]
-        if measured:
-            facts[f"{label} validation loss"] = f"{measured[-1][key]:.4f} after step {measured[-1]['step']:,}"
+    with _blaming_metrics(subject):
+        for name, about in stages.items():
+            records = [record for record in run.metrics.steps if record["stage"] == name]
+            rates = [record["tokens_per_second"] for record in records if record["tokens_per_second"] is not None]
+            done = f"{statistics.median(rates):,.0f} tokens/s (median)" if rates else "not begun"
+            facts[f"stage {name}"] = f"{about}, {done}"
+        for label, key in (("AR", "val_ar_loss"), ("diffusion", "val_diffusion_loss")):
+            measured = [record for record in run.metrics.validations if record[key] is not None]
+            if measured:
+                facts[f"{label} validation loss"] = f"{measured[-1][key]:.4f} after step {measured[-1]['step']:,}"
     return facts
 
 
@@ -256,16 +283,19 @@ def _differences(subjects: Sequence[Subject]) -> Table:
 
 
 def _losses(subject: Subject, prefix: str) -> str:
-    return _svg(curves.draw_run(subject.run.metrics), f"{prefix}-losses")
+    with _blaming_metrics(subject):
+        return _svg(curves.draw_run(subject.run.metrics), f"{prefix}-losses")
 
 
 def _buckets(subject: Subject, prefix: str) -> str:
-    figure = curves.draw_buckets(subject.run.metrics)
-    return "" if figure is None else _svg(figure, f"{prefix}-buckets")
+    with _blaming_metrics(subject):
+        figure = curves.draw_buckets(subject.run.metrics)
+        return "" if figure is None else _svg(figure, f"{prefix}-buckets")
 
 
 def _speed(subject: Subject, prefix: str) -> str:
-    return _svg(curves.draw_speed(subject.run.metrics, subject.resumed_after), f"{prefix}-speed")
+    with _blaming_metrics(subject):
+        return _svg(curves.draw_speed(subject.run.metrics, subject.resumed_after), f"{prefix}-speed")
 
 
 def _starts(subject: Subject, prefix: str) -> str:
@@ -286,17 +316,16 @@ def _evaluation(subject: Subject, suite: str, prefix: str) -> str:
         return ""
     from nld_train.evaluation import plots  # torch comes with it
 
-    try:
+    with _blaming(
+        subject.run.folder / "evaluation" / f"{suite}.json",
+        "a result of this version's scripts/evaluate.py",
+        "evaluate again, or remove the file",
+    ):
         file = subject.evaluations[suite]
         about = f"{file['model']}, {file['num_parameters']:,} parameters, {file['dtype']} on {file['device']}"
-        figures = [_svg(figure, f"{prefix}-{name}") for name, figure in plots.figures(suite, file["result"]).items()]
-        tables = [_html_table(table) for table in tables_of(suite, file["result"])]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise DataError(
-            str(subject.run.folder / "evaluation" / f"{suite}.json"),
-            f"is not a result of this version's scripts/evaluate.py ({type(error).__name__}: {error})",
-            "evaluate again, or remove the file",
-        ) from error
+        result = from_json(file["result"])
+        figures = [_svg(figure, f"{prefix}-{name}") for name, figure in plots.figures(suite, result).items()]
+        tables = [_html_table(table) for table in tables_of(suite, result)]
     return f'<p class="quiet">{escape(about)}</p>' + "".join([*figures, *tables])
 
 

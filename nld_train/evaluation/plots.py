@@ -52,7 +52,8 @@ def threshold_curves(rows: Sequence[WayRow]) -> "Figure":
 
 
 def acceptance_histograms(rows: Sequence[WayRow]) -> "Figure":
-    """Tokens that a round settles, all categories together: speculation, and diffusion at its middle threshold."""
+    """Tokens that a round settles, all categories together: speculation, and diffusion at threshold 0.9
+    (or else at the first one measured)."""
     chosen = [row for row in rows if row["category"] == ALL and row["mode"] in ("linear", "quadratic")]
     sweep = [row for row in rows if row["category"] == ALL and "threshold" in row["way"]]
     chosen += [row for row in sweep if row["arguments"]["threshold"] == 0.9] or sweep[:1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +44,11 @@ def load_prompts(
     for path in paths or [PROMPTS / f"{category}.jsonl" for category in CATEGORIES]:
         if not path.is_file():
             raise DataError(str(path), "is not a file", "name a JSONL file of prompts")
-        lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(str(path), f"cannot be read as UTF-8 text: {error}", "name a JSONL file") from error
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         if not lines:
             raise DataError(str(path), "holds no prompt", _REMEDY)
         for number, line in lines[:limit]:
@@ -63,11 +68,21 @@ def _text(tokenizer: PreTrainedTokenizerBase, line: str, where: str) -> str:
     if isinstance(fields, dict) and isinstance(fields.get("prompt"), str):
         return str(fields["prompt"])
     messages = fields.get("messages") if isinstance(fields, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
-        for message in messages
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(message, dict)
+            and isinstance(message.get("content"), str)
+            and isinstance(message.get("role"), str)
+            for message in messages
+        )
     ):
         raise DataError(where, "has neither a text `prompt` nor `messages` of role and content", _REMEDY)
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in messages) + "\n\n"
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        remedy = "write the roles in the order that the template of the model expects"
+        raise DataError(where, f"the chat template refuses these messages: {error}", remedy) from error

@@ -99,8 +99,10 @@ def load_run(folder: Path) -> Run:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         settings = {"stages": "+".join(tree["stages"])} | _flat(tree)
-        settings["run.seed"]
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, KeyError, TypeError) as error:
+        int(settings["run.seed"])
+        for name in tree["stages"]:
+            int(settings[f"stages.{name}.tokens"])
+    except (YAMLError, OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise DataError(str(path), f"is not a run's configuration: {error}", "restore the file") from error
     metrics = read_metrics(folder / "metrics.jsonl")
     if not metrics.steps:
@@ -109,6 +111,9 @@ def load_run(folder: Path) -> Run:
     for record in (*metrics.steps, *metrics.validations):
         if missing := [name for name in ("stage", "tokens") if name not in record]:
             what = f"a record of step {record['step']} has no {' and no '.join(missing)}"
+            raise DataError(str(folder / "metrics.jsonl"), what, "remove that line, or restore the file")
+        if not isinstance(record["tokens"], int) or not isinstance(record["stage"], str):
+            what = f"step {record['step']}: stage {record['stage']!r}, tokens {record['tokens']!r}; a name and a number"
             raise DataError(str(folder / "metrics.jsonl"), what, "remove that line, or restore the file")
     return Run(folder, settings, metrics)
 

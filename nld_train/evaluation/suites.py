@@ -23,7 +23,7 @@ from nld_train.evaluation.likelihood import LikelihoodResult, measure_likelihood
 from nld_train.evaluation.modes import THRESHOLDS, WayRow, measure_ways, standard_ways
 from nld_train.evaluation.prompts import Prompt, load_prompts
 from nld_train.evaluation.speed_of_light import LimitRow, measure_limits
-from nld_train.evaluation.tables import tables_of
+from nld_train.evaluation.tables import tables_of, to_json
 from nld_train.training.data import prepare_blends
 
 SUITES = ("likelihood", "decoding", "speed_of_light", "harness")
@@ -200,7 +200,10 @@ def evaluate(
             if eos_token_id is None:
                 raise DataError("--eos", "auto: this tokenizer has no end-of-sequence token", "give its id, or none")
             settings = replace(settings, eos_token_id=eos_token_id)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError("--out", f"{out} cannot be a folder: {error.strerror}", "name another one") from error
         for suite in suites:
             result = _SUITES[suite](model, tokenizer, settings, run, on_step)
             _write_json(out / f"{suite}.json", _about(folder, model, settings), result)
@@ -223,7 +226,8 @@ def _about(folder: Path, model: Any, settings: Settings) -> dict[str, Any]:
 
 def _write_json(path: Path, about: Mapping[str, Any], result: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({**about, "result": result}, indent=1, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(to_json({**about, "result": result}), indent=1, default=str, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -1,5 +1,6 @@
 """Results of the suites as tables. No torch: a report reads them from files."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,24 @@ class Table:
         rows = [self.header, ["---"] * len(self.header), *self.lines]
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
         return f"{self.caption}\n\n{text}" if self.caption else text
+
+
+def to_json(result: Any) -> Any:
+    """A copy in which null stands for numbers that are not finite, which JSON does not have."""
+    if isinstance(result, dict):
+        return {key: to_json(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [to_json(value) for value in result]
+    return None if isinstance(result, float) and not math.isfinite(result) else result
+
+
+def from_json(result: Any) -> Any:
+    """The suite's result that :func:`to_json` wrote, with nan for null: a result holds numbers, text and no None."""
+    if isinstance(result, dict):
+        return {key: from_json(value) for key, value in result.items()}
+    if isinstance(result, list):
+        return [from_json(value) for value in result]
+    return math.nan if result is None else result
 
 
 def tables_of(suite: str, result: Any) -> list[Table]:

@@ -173,6 +173,10 @@ def test_windows_stop_strings_and_long_contexts(export):
     [scored] = cut.loglikelihood([request(text, "uv")])
     assert scored == whole.loglikelihood([request(text[-6:], "uv")])[0]
     assert scored != whole.loglikelihood([request(text, "uv")])[0]
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert whole.generate_until([request("abc", {name: 20})]) == [free]
+    with pytest.raises(ValueError, match="'max_gen_toks': 3, 'max_tokens': 4} contradict"):
+        whole.generate_until([request("abc", {"max_gen_toks": 3, "max_tokens": 4})])
     with pytest.raises(ValueError, match="penalty_alpha"):
         whole.generate_until([request("abc", {"penalty_alpha": 1})])
     with pytest.raises(ValueError, match="max_gen_toks: 8"):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -85,9 +86,82 @@ def test_result(make_model):
         assert abs(part["nats_per_token"] - exact / num_tokens) <= 3 * part["error_of_estimate"]
         assert 0 < part["error_of_estimate"] < 0.1 * part["nats_per_token"]
     assert [bucket["high"] for bucket in result["diffusion"][1]["buckets"]] == [0.5, 1.0]
+    for part in (ar, *result["diffusion"]):
+        assert part["nats_per_byte"] == pytest.approx(part["nats_per_token"] * num_tokens / num_bytes, rel=1e-12)
+        for unit in ("token", "byte"):
+            assert part[f"bits_per_{unit}"] == pytest.approx(part[f"nats_per_{unit}"] / math.log(2), rel=1e-12)
     assert result == measure_likelihood(model, texts, block_sizes=[4, 2], num_sweeps=8, seed=3)
     with pytest.raises(ValueError, match="num_sweeps: 1"):
         measure_likelihood(model, texts, block_sizes=[4], num_sweeps=1)
+
+
+def test_means_and_errors_are_those_of_the_samples(make_model):
+    """The same draws, summed up by hand: of three sweeps, each text's blocks of each size in turn."""
+    model = make_model(3)
+    texts = [
+        Text(source, torch.randint(6, 64, (length,), generator=torch.Generator().manual_seed(source)), 2 * length)
+        for source, length in enumerate((7, 5))
+    ]
+    result = measure_likelihood(model, texts, block_sizes=[4, 2], num_sweeps=3, seed=11)
+    generator = torch.Generator().manual_seed(11)
+    samples = {4: [], 2: []}
+    for text in texts:
+        prefix = CleanPrefix(model)
+        prefix.read(text.token_ids)
+        for size in samples:
+            samples[size].append(sample_bound(model, prefix, text.token_ids, size, 3, generator))
+    for part in result["diffusion"]:
+        mean, variance, sums, counts = 0.0, 0.0, [0.0] * 10, [0] * 10
+        for sample in samples[part["block_size"]]:
+            for estimates in sample.nats.T.tolist():  # of one block, in each sweep
+                mean += statistics.mean(estimates)
+                variance += statistics.variance(estimates) / 3
+            for index in range(10):
+                sums[index] += sample.bucket_sums[index].item()
+                counts[index] += int(sample.bucket_counts[index])
+        assert part["nats_per_token"] == pytest.approx(mean / 10, rel=1e-9)
+        assert part["error_of_estimate"] == pytest.approx(math.sqrt(variance) / 10, rel=1e-9)
+        found = [(b["low"], b["high"], b["nats_per_masked_token"], b["num_masked"]) for b in part["buckets"]]
+        assert found == [
+            (index / 10, (index + 1) / 10, pytest.approx(sums[index] / counts[index]), counts[index])
+            for index in range(10)
+            if counts[index]
+        ]
+
+
+def test_one_sample_by_hand(make_model, monkeypatch):
+    """What is masked is seen from outside; sums, counts and buckets follow from it and from losses without a cache."""
+    model = make_model(3)
+    clean = torch.randint(6, 64, (7,), generator=torch.Generator().manual_seed(4))
+    shown = []
+    denoise = CleanPrefix.denoise
+    monkeypatch.setattr(
+        CleanPrefix,
+        "denoise",
+        lambda self, tokens, *layout: (shown.append(tokens.clone()), denoise(self, tokens, *layout))[1],
+    )
+    prefix = CleanPrefix(model)
+    prefix.read(clean)
+    sample = sample_bound(model, prefix, clean, 4, 2, torch.Generator().manual_seed(5))
+    # Of the first block one token is given, the second one is cut short: three maskable tokens in both.
+    blocks, num_maskable = ([0, 1, 2, 3], [4, 5, 6]), 3
+    assert len(shown) == 2 * num_maskable
+    nats = [[0.0, 0.0], [0.0, 0.0]]
+    bucket_sums, bucket_counts = [0.0] * 10, [0] * 10
+    counts_seen = {(sweep, number): [] for sweep in range(2) for number in range(2)}
+    for forward, tokens in enumerate(shown):
+        for number, block in enumerate(blocks):
+            masked = [i for i in block if tokens[i] == MASK]
+            losses = sum(block_losses(model, clean, block, masked).values())
+            nats[forward // num_maskable][number] += losses / len(masked)
+            bucket = {1: 3, 2: 6, 3: 9}[len(masked)]  # shares 1/3, 2/3 and 1
+            bucket_sums[bucket] += losses
+            bucket_counts[bucket] += len(masked)
+            counts_seen[forward // num_maskable, number].append(len(masked))
+    assert all(sorted(counts) == [1, 2, 3] for counts in counts_seen.values())
+    assert sample.nats == pytest.approx(torch.tensor(nats, dtype=torch.float64), rel=1e-5)
+    assert sample.bucket_sums.tolist() == pytest.approx(bucket_sums, rel=1e-5)
+    assert sample.bucket_counts.tolist() == bucket_counts == [0, 0, 0, 4, 0, 0, 8, 0, 0, 12]
 
 
 def test_the_error_over_texts_is_that_of_a_jackknife(make_model):

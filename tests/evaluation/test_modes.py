@@ -95,6 +95,8 @@ def test_agreement(make_model):
         ways = standard_ways(4, (0.2,))[:2]
         rows = measure_ways(model, [Prompt("a", "", prompt)], ways, max_new_tokens=12, eos_token_id=eos)[:2]
         assert [row["num_tokens"] for row in rows] == [len(ar_ids), len(output_ids)]
+        for row in rows:
+            assert sum(int(length) * count for length, count in row["histogram"].items()) == row["num_tokens"]
         agreeing = sum(a == b for a, b in zip(ar_ids, output_ids, strict=False))
         assert rows[1]["agreement"] == agreeing / max(len(ar_ids), len(output_ids))
         assert rows[1]["equals_ar"] == (ar_ids == output_ids)
@@ -128,13 +130,19 @@ def test_shipped_prompts(tokenizer):
         ("{", "line 2.*not JSON"),
         ('{"text": "x"}', "line 2.*neither"),
         ('{"messages": [{"role": "user"}]}', "line 2.*neither"),
+        ('{"messages": []}', "line 2.*neither"),
+        ('{"messages": [{"role": "clown", "content": "x"}]}', "mine.jsonl: line 2: the chat template.* no clowns"),
         ('{"prompt": ""}', "line 2.*no tokens"),
     ],
 )
 def test_bad_prompts_are_refused(tokenizer, tmp_path, line, message):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": "a"}) + "\n" + line + "\n")
+    tokenizer.chat_template = "{{ raise_exception('no clowns') }}"
     with pytest.raises(DataError, match=message):
+        load_prompts(tokenizer, [path])
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"mine\.jsonl: cannot be read as UTF-8 text"):
         load_prompts(tokenizer, [path])
     with pytest.raises(DataError, match="is not a file"):
         load_prompts(tokenizer, [tmp_path / "none.jsonl"])

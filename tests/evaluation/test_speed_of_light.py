@@ -152,26 +152,60 @@ def test_exhaustive_refuses_long_blocks():
         light.exhaustive(TableBlock(13, 0))
 
 
-def test_limits_on_a_model(make_model):
-    model = make_model(1, std=0.25)
+@pytest.mark.parametrize(("budget", "num_exhausted"), [(9, 2), (5000, 0)])
+def test_limits_on_a_model(make_model, budget, num_exhausted):
+    """Every field of every row, from blocks of our own."""
+    model = make_model(3, std=0.5)
     prompts = [torch.randint(6, 64, (4,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    rows = light.measure_limits(model, prompts, block_lengths=[3, 5], num_blocks=2, threshold=0.4)
-    by_name = {(row["block_length"], row["sampler"]): row for row in rows}
-    assert [name for _, name in by_name][:4] == ["serial", "confidence 0.4", "greedy oracle", "compaction"]
-    for length in (3, 5):
-        serial, confidence, greedy, compact = (row for row in rows if row["block_length"] == length)
-        assert serial["acceptance"] == 1.0
-        assert serial["tokens_per_forward"] == pytest.approx(length / (length + 1))
-        assert serial["num_blocks"] == 8
-        assert 1.0 <= confidence["acceptance"] <= length
-        assert greedy["target_share"] == compact["target_share"] == 1.0
-        # The same numbers by hand.
-        steps = 0
+    done = []
+    rows = light.measure_limits(
+        model,
+        prompts,
+        block_lengths=[3, 6],
+        num_blocks=2,
+        threshold=0.4,
+        budget=budget,
+        on_block=lambda: done.append(1),
+    )
+    assert len(done) == 2 * 4 * 2
+    expected = []
+    for length in (3, 6):
+        steps = dict.fromkeys(("serial", "confidence 0.4", "greedy oracle", "compaction"), 0)
+        hits = violations = exhausted = 0
         for prompt in prompts:
             tokens = prompt
             for _ in range(2):
                 block = block_of(model, tokens, length)
-                check_block(block, light.exhaustive(block))
-                steps += len(light.compaction(block)["commits"])
+                best = light.exhaustive(block)
+                check_block(block, best)
+                compact = light.compaction(block_of(model, tokens, length), budget)
+                greedy = light.greedy_oracle(block)
+                output_ids, num_forwards = model.generate(tokens[None], length, length, threshold=0.4)
+                steps["serial"] += length
+                steps["confidence 0.4"] += num_forwards - 1  # one reads the prompt
+                steps["greedy oracle"] += len(greedy["commits"])
+                steps["compaction"] += len(compact["commits"])
+                hits += output_ids[0, len(tokens) :].tolist() == block.target
+                violations += greedy["num_violations"]
+                exhausted += compact["is_exhausted"]
                 tokens = torch.cat([tokens, torch.tensor(block.target)])
-        assert compact["acceptance"] == 8 * length / steps
+        for name, num_steps in steps.items():
+            expected.append(
+                {
+                    "block_length": length,
+                    "sampler": name,
+                    "num_blocks": 8,
+                    "num_steps": num_steps,
+                    "acceptance": 8 * length / num_steps,
+                    "tokens_per_forward": 8 * length / (num_steps + 8),  # one reads each block into the cache
+                    "target_share": hits / 8 if name == "confidence 0.4" else 1.0,
+                    "violations_per_block": violations / 8 if name == "greedy oracle" else 0.0,
+                    "num_exhausted": exhausted if name == "compaction" else 0,
+                }
+            )
+    assert rows == expected
+    # The samplers differ here, and so does what is counted of them.
+    assert exhausted == num_exhausted
+    assert 0 < hits < 8
+    assert violations > 0
+    assert len(set(steps.values())) == 4

@@ -15,7 +15,9 @@ from nld_train.data.prepared import TRAIN, VALIDATION
 from nld_train.errors import DataError
 from nld_train.evaluation import suites
 from nld_train.evaluation.prompts import CATEGORIES
+from nld_train.evaluation.tables import from_json, tables_of
 from nld_train.testing.exports import make_model, quiet_and_single_threaded, write_export, write_tokenizer
+from scripts.evaluate import parse_arguments
 
 __all__ = ["make_model", "quiet_and_single_threaded", "write_export"]
 
@@ -72,6 +74,10 @@ def test_all_suites(export, run_script, tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 10_000
     likelihood = json.loads((folder / "likelihood.json").read_text())
+    # Of one document there is no spread: what is not finite is null in the file, and nan in the table of the report.
+    assert likelihood["result"]["ar"]["error_over_texts"] is None
+    assert "NaN" not in (folder / "likelihood.json").read_text()
+    assert tables_of("likelihood", from_json(likelihood["result"]))[0].markdown() in out
     assert likelihood["model"] == str(export)
     assert likelihood["settings"]["max_length"] == 24
     assert likelihood["result"]["num_tokens"] == 23
@@ -138,6 +144,32 @@ def test_held_out_documents(export, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("--documents", 0, 1),
+        ("--windows", -1, 0),
+        ("--max-length", 1, 2),
+        ("--sweeps", 1, 2),
+        ("--num-prompts", 0, 1),
+        ("--held-out", -1, 0),
+        ("--max-new-tokens", 0, 1),
+        ("--block-length", 0, 1),
+        ("--blocks", 0, 1),
+        ("--budget", 0, 1),
+        ("--limit", 0, 1),
+        ("--block-sizes", 0, 1),
+    ],
+)
+def test_numbers_that_are_too_small(capsys, option, value, least):
+    required = ["--model", "m", "--suite", "decoding"]
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments([*required, option, str(value)])
+    assert stopped.value.code == 2
+    assert f"argument {option}: {value}; it must be at least {least}" in capsys.readouterr().err
+    parse_arguments([*required, option, str(least)])
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--model", "{folder}/none", "--suite", "decoding"], 1, "is not a folder"),
@@ -150,8 +182,11 @@ def test_held_out_documents(export, tmp_path, monkeypatch):
         (["--model", "{export}", "--suite", "decoding", "--thresholds", "1.5"], 1, "threshold: 1.5"),
         (["--model", "{export}", "--suite", "decoding", "--prompts", "{folder}/p.jsonl"], 1, "p.jsonl: is not a file"),
         (["--model", "{export}", "--suite", "decoding", "--held-out", "2"], 1, "--held-out: no corpus is named"),
-        (["--model", "{export}", "--suite", "decoding", "--held-out", "-1"], 2, "--held-out: -1"),
-        (["--model", "{export}", "--suite", "likelihood", "--sweeps", "1"], 2, "--sweeps: 1"),
+        (
+            ["--model", "{export}", "--suite", "decoding", "--out", "{export}/config.json/out"],
+            1,
+            "config.json/out cannot be a folder",
+        ),
         (["--model", "{export}", "--suite", "decoding", "--eos", "x"], 2, "--eos: 'x'"),
         (["--model", "{export}", "--suite", "decoding", "--device", "abacus"], 1, "--device: 'abacus'"),
     ],

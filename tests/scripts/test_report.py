@@ -99,7 +99,7 @@ def write_evaluations(folder):
         "speed_of_light": [{**limit, "block_length": 4, "sampler": name} for name in ("serial", "compaction")],
         "harness": {"linear": {"hellaswag": {"acc,none": 0.25}}},
     }  # fmt: skip
-    (folder / "evaluation").mkdir()
+    (folder / "evaluation").mkdir(exist_ok=True)
     for suite, result in results.items():
         (folder / "evaluation" / f"{suite}.json").write_text(json.dumps({**about, "result": result}))
 
@@ -266,6 +266,32 @@ def write(name, text):
     return change
 
 
+def edit(name, key, value, record=None):
+    """Give ``key`` (dotted) another value, or take it away (None); of a JSON Lines file in the record of a number."""
+
+    def change(run):
+        path = run / name
+        path.parent.mkdir(exist_ok=True)
+        if path.parent.name == "evaluation":
+            write_evaluations(run)
+        lines = path.read_text().splitlines()
+        text = path.read_text() if record is None else lines[record]
+        tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        *parents, last = key.split(".")
+        inner = tree
+        for parent in parents:
+            inner = inner[parent]
+        if value is None:
+            del inner[last]
+        else:
+            inner[last] = value
+        if record is not None:
+            lines[record] = json.dumps(tree)
+        path.write_text(json.dumps(tree) if record is None else "\n".join(lines) + "\n")
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -279,9 +305,28 @@ def write(name, text):
         (write("metrics.jsonl", '{"step": 1, "stage": "ar"}\n'), r"metrics\.jsonl: a record of step 1 has no tokens"),
         (write("metrics.jsonl", 'x\n{"step": 1}\n'), r"metrics\.jsonl:1: is not a metrics record"),
         (write("heartbeat.json", "{"), r"heartbeat\.json: is not JSON"),
+        (edit("metrics.jsonl", "tokens", "4096", 0), r"metrics\.jsonl: step 1: stage 'ar', tokens '4096'"),
+        (edit("metrics.jsonl", "stage", 3, 0), r"metrics\.jsonl: step 1: stage 3, "),
+        (edit("metrics.jsonl", "tokens_per_second", None, 3), r"metrics\.jsonl: .*KeyError: 'tokens_per_second'"),
+        (edit("metrics.jsonl", "ar_loss", "much", 3), r"metrics\.jsonl: is not a run's metrics .*ValueError"),
+        (
+            edit("metrics.jsonl", "diffusion_loss_at_50", "much", 60),
+            r"metrics\.jsonl: is not a run's metrics .*ValueError",
+        ),
+        (edit("metrics.jsonl", "step_seconds", "long", 3), r"metrics\.jsonl: is not a run's metrics .*ValueError"),
+        (edit("config.yaml", "stages.ar.tokens", None), r"config\.yaml: is not a run's configuration: .*ar\.tokens"),
+        (edit("config.yaml", "stages.ar.tokens", "all"), r"config\.yaml: is not a run's configuration: .*'all'"),
+        (edit("config.yaml", "run.seed", "x"), r"config\.yaml: is not a run's configuration: .*'x'"),
+        (edit("config.yaml", "model", None), r"config\.yaml: is not a run's configuration .*'model\.num_layers'"),
+        (write("heartbeat.json", '{"time": 1e20}'), r"heartbeat\.json: is not a run's heartbeat .*Error"),
+        (write("heartbeat.json", '{"time": NaN}'), r"heartbeat\.json: is not a run's heartbeat .*ValueError"),
         (write("heartbeat.json", "[]"), r"heartbeat\.json: holds list"),
         (write("evaluation/decoding.json", "no"), r"decoding\.json: is not JSON"),
         (write("evaluation/decoding.json", "{}"), r"decoding\.json: is not a result .*KeyError: 'model'"),
+        (
+            edit("evaluation/likelihood.json", "result.ar.nats_per_token", 0),
+            r"likelihood\.json: is not a result .*ZeroDivisionError",
+        ),
         (write("evaluation/harness.json", "3"), r"harness\.json: holds int"),
     ],
 )
