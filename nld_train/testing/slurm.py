@@ -204,7 +204,9 @@ PreemptMode=REQUEUE
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             found = self.job(job)
-            over = not re.match(r"PENDING|RUNNING|COMPLETING|CONFIGURING|REQUEUED|SUSPENDED", found.get("JobState", ""))
+            over = not re.match(
+                r"PENDING|RUNNING|SIGNALING|COMPLETING|CONFIGURING|REQUEUED|SUSPENDED", found.get("JobState", "")
+            )
             if until(found) if until is not None else over:
                 return found
             if over:
