@@ -318,21 +318,14 @@ def share_blocks(work: Sequence[int], num_ranks: int) -> list[int]:
     for rank in range(num_ranks):
         num_left, num_sharing = back - front, num_ranks - rank
         share = (before[back] - before[front]) / num_sharing
-
-        def excess(runs: tuple[int, int], front: int = front, back: int = back, share: float = share) -> float:
-            """Distance of two runs' work from the share."""
-            taken = before[front + runs[0]] - before[front] + before[back] - before[back - runs[1]]
-            return abs(taken - share)
-
-        totals = {num_left // num_sharing, -(-num_left // num_sharing)}
-        num_front, num_back = min(
-            (
-                (of_front, total - of_front)
-                for total in sorted(totals)
-                for of_front in range(max(0, total // 2 - 1), min(total, total // 2 + 2) + 1)
-            ),
-            key=excess,
-        )
+        candidates = []
+        for total in sorted({num_left // num_sharing, -(-num_left // num_sharing)}):
+            for num_front in range(max(0, total // 2 - 1), min(total, total // 2 + 2) + 1):
+                num_back = total - num_front
+                taken = before[front + num_front] - before[front] + before[back] - before[back - num_back]
+                candidates.append((abs(taken - share), total, num_front))
+        _, total, num_front = min(candidates)
+        num_back = total - num_front
         ranks += [rank] * num_front
         of_back += [rank] * num_back
         front, back = front + num_front, back - num_back

@@ -22,8 +22,7 @@ ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the layouts need more rank
 BATCH, LENGTH = 4, 32
 STEPS = {"ar": 6, "joint": 10}
 
-OVERRIDES = [
-    "model.num_layers=4",
+SMALL = [
     "model.hidden_size=32",
     "model.ffn_hidden_size=48",
     "model.num_attention_heads=2",
@@ -33,6 +32,12 @@ OVERRIDES = [
     f"data.sequence_length={LENGTH}",
     "objective.block_size=8",
     f"train.global_batch_size={BATCH}",
+]
+"""What all runs of the tests have; layers, stages and intervals are their own."""
+
+OVERRIDES = [
+    *SMALL,
+    "model.num_layers=4",
     "train.micro_batch_size=2",
     "train.validation_interval=4",
     "train.validation_samples=8",

@@ -17,6 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from nld_train.model.build import global_parameter_name
+
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -70,7 +72,11 @@ class StepInspection:
 
     def __init__(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
         self._optimizer = optimizer
-        self._names = {parameter: name for chunk in chunks for name, parameter in _named_parameters(chunk)}
+        self._names = {
+            parameter: global_parameter_name(chunk.module, name)
+            for chunk in chunks
+            for name, parameter in chunk.module.named_parameters()
+        }
         self._before: dict[str, Tensor] = {}
         self._sums: dict[str, ParameterSums] = {}
 
@@ -117,17 +123,6 @@ class StepInspection:
             for name, part in sums.items():
                 total.setdefault(name, ParameterSums()).add(part)
         self.parameters = dict(sorted(total.items(), key=lambda item: _place(item[0])))
-
-
-def _named_parameters(chunk: DistributedDataParallel) -> Iterator[tuple[str, Tensor]]:
-    """With the number of a layer in the whole model."""
-    module: Any = chunk.module
-    for name, parameter in module.named_parameters():
-        layer = _LAYER.match(name)
-        if layer is not None:
-            number = module.decoder.layers[int(layer[1])].layer_number - 1
-            name = f"decoder.layers.{number}.{name[layer.end() :]}"
-        yield name, parameter
 
 
 def _place(name: str) -> tuple[int, int, str]:

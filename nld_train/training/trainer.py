@@ -272,9 +272,12 @@ class Trainer:
         peak, is_cuda = self.config.train.peak_tflops, self.device.type == "cuda"
         if peak is None and is_cuda and self.config.train.precision is Precision.bf16:
             peak = peak_tflops(torch.cuda.get_device_name(self.device))
-        needed = flops_per_token(self.config.model, workload(self.config, stage.name)) * lap.tokens_per_second
+        mfu = None
+        if peak is not None:
+            needed = flops_per_token(self.config.model, workload(self.config, stage.name)) * lap.tokens_per_second
+            mfu = needed / (peak * 1e12 * self.topology.world_size)
         return {
-            "mfu": needed / (peak * 1e12 * self.topology.world_size) if peak is not None else None,
+            "mfu": mfu,
             "host_memory_gb": psutil.Process().memory_info().rss / 2**30,
             "device_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if is_cuda else None,
         }

@@ -7,30 +7,18 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from nld_train.testing.jobs import ROOT, SMALL, last_step, records, same_export
+from nld_train.testing.jobs import steps as steps_of
 from nld_train.testing.slurm import Cluster
-from nld_train.training.metrics import TIMING_FIELDS
 
-ROOT = Path(__file__).parents[2]
-BATCH, LENGTH = 4, 32
 OVERRIDES = [
     "train.device=cpu",
     "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=48",
-    "model.num_attention_heads=2",
-    "model.num_key_value_heads=2",
-    "model.head_dim=16",
-    "model.vocab_size=512",
-    f"data.sequence_length={LENGTH}",
+    *SMALL,
     "data.num_workers=1",
-    "objective.block_size=8",
-    f"train.global_batch_size={BATCH}",
     "train.micro_batch_size=1",
     "train.validation_interval=10",
     "train.validation_samples=4",
@@ -50,9 +38,7 @@ class Runs:
     def submit(self, name: str, *settings: str, steps: tuple[int, int] = (8, 16)) -> tuple[Path, list[str]]:
         """Submit a run of ``steps`` in each stage. Returns its folder, and its jobs."""
         run_dir = self.folder / f"{name}, 100% of it"  # a name that has to be quoted everywhere
-        tokens = [
-            f"stages.{stage}.tokens={n * BATCH * LENGTH}" for stage, n in zip(("ar", "joint"), steps, strict=True)
-        ]
+        tokens = [steps_of(stage, number) for stage, number in zip(("ar", "joint"), steps, strict=True)]
         found = self.cluster.run(
             [sys.executable, str(ROOT / "slurm/submit.py"), "nodes=2", "gpus_per_node=2", f"run.dir='{run_dir}'",
              f"data.cache_dir={self.folder}/cache", "checkpoint.interval_steps=1000", *OVERRIDES, *tokens, *settings],
@@ -84,18 +70,6 @@ def log(run_dir: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("slurm/*.log")))
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMING_FIELDS} for line in lines]
-
-
-def last_step(run_dir: Path) -> int:
-    """Of the records so far; the last line may be half written."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines), default=0)
-
-
 def starts(run_dir: Path) -> list[list[str]]:
     """Of every submission: date, time, job, restarts, nodes, step of the newest checkpoint."""
     return [line.split() for path in sorted(run_dir.glob("slurm/*/starts")) for line in path.read_text().splitlines()]
@@ -103,10 +77,7 @@ def starts(run_dir: Path) -> list[list[str]]:
 
 def same_end(run_dir: Path, other: Path) -> None:
     assert records(run_dir) == records(other)
-    tensors, others = (load_file(folder / "hf/model.safetensors") for folder in (run_dir, other))
-    assert set(tensors) == set(others)
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
+    same_export(run_dir, other)
 
 
 @pytest.fixture(scope="module")

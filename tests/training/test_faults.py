@@ -1,7 +1,6 @@
 """Steps that are skipped, samples that are named, spikes, and a step that is replayed."""
 
 import math
-import os
 import random
 import subprocess
 import sys
@@ -9,35 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from nld_train.config.schema import Config, RunConfig, TrainConfig
 from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
+from nld_train.testing import jobs
+from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, same_export
 from nld_train.testing.ranks import RankPool
 from nld_train.training.faults import MIN_SPIKE_RECORDS, SKIP_WINDOW, SPIKE_WINDOW, FaultHistory, skip_message
-from nld_train.training.metrics import TIMING_FIELDS, encode_record, records_of
+from nld_train.training.metrics import encode_record, records_of
 
-ROOT = Path(__file__).parents[2]
-ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-BATCH, LENGTH = 4, 32
 STEPS = {"ar": 4, "joint": 6}
 FAULT_STEP = 7
 BAD_SAMPLE = (FAULT_STEP - 1) * BATCH + 2
 OVERRIDES = [
     "model.num_layers=4",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=48",
-    "model.num_attention_heads=2",
-    "model.num_key_value_heads=2",
-    "model.head_dim=16",
-    "model.vocab_size=512",
-    f"data.sequence_length={LENGTH}",
+    *SMALL,
     "data.num_workers=1",
-    "objective.block_size=8",
-    f"train.global_batch_size={BATCH}",
     "train.micro_batch_size=2",
     "train.validation_interval=5",
     "train.validation_samples=4",
@@ -167,21 +155,13 @@ def run(run_dir: Path, cache: Path, fault: str, step: int, sample: int, *extra: 
     program = ["-m", "nld_train.testing.faulty_train", fault, str(step), str(sample)]  # torchrun knows -m, too
     return subprocess.run(
         [*launcher, *program, f"run.dir={run_dir}", f"data.cache_dir={cache}", *OVERRIDES, *extra],
-        cwd=ROOT, env=ON_CPU, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env=ON_CPU | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in record.items() if name not in {*TIMING_FIELDS, "num_skipped_steps"}}
-        for record in records_of(run_dir / "metrics.jsonl")
-    ]
-
-
-def same_tensors(one: Path, other: Path) -> None:
-    tensors, others = (load_file(run_dir / "hf/model.safetensors") for run_dir in (one, other))
-    assert tensors.keys() == others.keys()
-    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    """Also without the count that a run without the fault has not."""
+    return [{k: v for k, v in record.items() if k != "num_skipped_steps"} for record in jobs.records(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +192,7 @@ def compare(spoiled: Path, without: Path, rank: int) -> None:
         assert record["tokens"] == other["tokens"]
     counts = [record["num_skipped_steps"] for record in records_of(spoiled / "metrics.jsonl") if "loss" in record]
     assert counts == [0] * (FAULT_STEP - 1) + [1] * (sum(STEPS.values()) - FAULT_STEP + 1)
-    same_tensors(spoiled, without)
+    same_export(spoiled, without)
     log = (spoiled / "train.log").read_text()
     expected = (
         f"step {FAULT_STEP} skipped, nothing was updated: the loss is nan, from sample {BAD_SAMPLE} (rank {rank})"
@@ -257,7 +237,7 @@ def test_a_stop_waits_for_a_step_that_is_not_skipped(spoiled: Path, cache: Path,
     assert [record["step"] for record in records(run_dir) if record.get("is_skipped")] == [FAULT_STEP]
     finished = run(run_dir, cache, "skip", 99, 0)
     assert finished.returncode == 0, finished.stderr
-    same_tensors(run_dir, spoiled)
+    same_export(run_dir, spoiled)
 
 
 @pytest.mark.long

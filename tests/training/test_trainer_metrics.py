@@ -1,7 +1,5 @@
 """metrics.jsonl of the real trainer: the metrics of each step, norms of the single terms, and a chat stage resumed."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,11 +10,9 @@ from typing import Any
 import pytest
 
 from nld_train.objective.losses import NUM_BUCKETS
-from nld_train.training.metrics import TIMING_FIELDS
+from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, records
 
-ROOT = Path(__file__).parents[2]
-ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-BATCH, LENGTH, CHAT_LENGTH = 4, 32, 128
+CHAT_LENGTH = 128
 STEPS = {"ar": 2, "joint": 4, "sft": 14}
 CHAT_BEGINS = STEPS["ar"] + STEPS["joint"]  # its first step is the next one
 CHECKPOINT_INTERVAL = 4
@@ -25,16 +21,8 @@ TERM_NORMS = {"ar_grad_norm", "diffusion_grad_norm"}
 
 OVERRIDES = [
     "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=48",
-    "model.num_attention_heads=2",
-    "model.num_key_value_heads=2",
-    "model.head_dim=16",
-    "model.vocab_size=512",
-    f"data.sequence_length={LENGTH}",
+    *SMALL,
     "data.num_workers=1",
-    "objective.block_size=8",
-    f"train.global_batch_size={BATCH}",
     "train.micro_batch_size=2",
     "train.validation_interval=5",
     "train.validation_samples=4",
@@ -64,11 +52,6 @@ def start(run_dir: Path, cache: Path, *extra: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], run_dir: Path) -> None:
     assert process.wait(timeout=240) == 0, run_dir.with_suffix(".log").read_text()
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
 
 
 @pytest.fixture(scope="module")
