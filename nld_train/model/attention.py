@@ -1,9 +1,9 @@
 """Block-masked attention: one Megatron core attention, several backends that give the same values.
 
 ``dense`` is torch's scaled_dot_product_attention under the whole mask. ``chunked`` (CPU) computes only what the mask
-keeps. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and both fast backends use torch's
-causal kernel. A layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence; so
-has a context-parallel rank's shard, whose rows attend to clean tokens of all ranks.
+keeps. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and torch has a kernel for it. A
+layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence; so has a
+context-parallel rank's shard, whose rows attend to clean tokens of all ranks.
 
 Dimensions: B sequences, S rows of the model's input (L, or 2L with a noisy half), L clean tokens, N noisy rows, H query
 heads, K key-value heads, G = H / K query heads per key-value head, D head dimension. There are N + L keys: the rows,
@@ -14,7 +14,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,7 @@ from nld_train.errors import ConfigError, Problem
 from nld_train.model.context_parallel import gather_keys
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import cached_by_layout, dense_block_mask, flex_block_mask
-from nld_train.objective.sequence import RowTable, SequenceLayout
-
-CHUNK_ROWS = 128
-"""Clean tokens, and their noisy rows, that the chunked backend takes at a time: 256 and 1024 were slower."""
-
-TABLE_CHUNK_ROWS = {torch.float64: 160, torch.float32: 160, torch.bfloat16: 256, torch.float16: 256}
-"""Noisy and clean rows together that it takes at a time under a table; a call in bf16 costs more before it begins."""
+from nld_train.objective.sequence import RowTable, SequenceLayout, row_table
 
 JOINED_PREFIX = 1024
 """Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
@@ -92,7 +86,8 @@ def joint_attention(
     """
     if backend is AttentionBackend.dense:
         return dense_attention(query, key, value, layout, softmax_scale)
-    if layout.table is None and not layout.has_noisy_half:
+    is_causal = layout.table is None and not layout.has_noisy_half
+    if is_causal and (backend is AttentionBackend.flex or query.shape[1] == key.shape[1]):
         return causal_attention(query, key, value, softmax_scale)
     if backend is AttentionBackend.chunked:
         return chunked_attention(query, key, value, layout, softmax_scale)
@@ -132,113 +127,30 @@ def _compiled_flex_attention(*, dynamic: bool) -> Any:
 def chunked_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
 ) -> Tensor:
-    """[B, H, S, D]: only what the mask keeps, on the CPU, for a layout with a noisy half or a table.
+    """[B, H, S, D]: only what the mask keeps, on the CPU.
 
-    Rows are taken in chunks of whole blocks, rows [start, stop) of both halves at once. They share one unmasked
-    attention to the clean prefix [0, start); what is left is the square of the chunk's own noisy and clean keys, under
-    the small block mask. The two partial results are merged by their log-sum-exp. The G query heads of a key-value
-    head are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
+    Rows are taken in chunks, those that stand for clean tokens [start, stop) together: noisy and clean ones. They share
+    their keys: all of the clean prefix [0, start), and their own under a small block mask. A long prefix is attended to
+    without a mask, and the two partial results are merged by their log-sum-exp. The G query heads of a key-value head
+    are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
 
-    With a table each sequence has chunks of its own (see :class:`_Chunk`); padding rows get 0 and no gradient.
+    Each sequence has chunks of its own (see :class:`_Chunk`); padding rows get 0 and no gradient.
     """
-    if layout.table is None and not layout.has_noisy_half:
-        raise ValueError("chunked_attention is for a layout with a noisy half or a table: use causal_attention")
     if query.device.type != "cpu":
         raise ValueError(f"chunked_attention runs on the CPU, the query is on {query.device}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
-    function = _ChunkedAttention if layout.table is None else _TableAttention
-    return function.apply(query, key, value, layout, scale)
+    return _ChunkedAttention.apply(query, key, value, layout, scale)
 
 
-class _ChunkedAttention(torch.autograd.Function):
-    """The backward pass gives the kernel of each part the *merged* output and log-sum-exp: its probabilities are then
-    those of the whole row, and the partial gradients simply add up."""
+def _chunk_rows(dtype: torch.dtype, group: int) -> int:
+    """Noisy and clean rows that are taken at a time, of heads in groups of ``group``: as measured.
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-        num_sequences, num_heads, num_rows, dim = query.shape
-        num_kv_heads, length = key.shape[1], layout.clean_length
-        group = num_heads // num_kv_heads
-        clean_key, clean_value = key[:, :, length:].contiguous(), value[:, :, length:].contiguous()
-        # In the memory order of Megatron's [S, B, H * D], which the output projection saves, too: one copy is kept.
-        out = query.new_empty(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
-        log_sum_exp = query.new_empty(out.shape[:-1], dtype=_accumulation_dtype(query))
-        for start, stop in _chunks(layout):
-            rows = _gather(query, start, stop, num_kv_heads)
-            own_key, own_value = (_gather(x, start, stop, num_kv_heads) for x in (key, value))
-            mask = _diagonal_mask(stop - start, layout.block_size, group, query.dtype)
-            part, part_lse = _cpu_flash(rows, own_key, own_value, attn_mask=mask, scale=scale)
-            if start > 0:
-                prefix = _cpu_flash(rows, clean_key[:, :, :start], clean_value[:, :, :start], scale=scale)
-                part, part_lse = _merge(part, part_lse, *prefix)
-            _chunk_view(out, start, stop, num_kv_heads).copy_(_as_halves(part, group))
-            _chunk_view(log_sum_exp, start, stop, num_kv_heads).copy_(_as_halves(part_lse, group))
-        ctx.save_for_backward(query, key, value, out, log_sum_exp)
-        ctx.layout, ctx.scale = layout, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sum_exp = ctx.saved_tensors
-        layout, scale = ctx.layout, ctx.scale
-        num_kv_heads, length = key.shape[1], layout.clean_length
-        group = query.shape[1] // num_kv_heads
-        clean_key, clean_value = key[:, :, length:].contiguous(), value[:, :, length:].contiguous()
-        grad_query = torch.empty_like(query)
-        # A clean key collects a term from every later chunk: bf16 would lose the small ones.
-        grad_key = torch.zeros_like(key, dtype=_accumulation_dtype(query))
-        grad_value = torch.zeros_like(value, dtype=_accumulation_dtype(query))
-        for start, stop in _chunks(layout):
-            rows = _gather(query, start, stop, num_kv_heads)
-            own_key, own_value = (_gather(x, start, stop, num_kv_heads) for x in (key, value))
-            of_rows = [_gather(x, start, stop, num_kv_heads) for x in (grad_out, out)]
-            lse = _gather(log_sum_exp, start, stop, num_kv_heads)
-            mask = _diagonal_mask(stop - start, layout.block_size, group, query.dtype)
-            grad_rows, grad_own_key, grad_own_value = _cpu_flash_backward(
-                of_rows[0], rows, own_key, own_value, of_rows[1], lse, 0.0, False, attn_mask=mask, scale=scale
-            )
-            _chunk_view(grad_key, start, stop, num_kv_heads).add_(_as_halves(grad_own_key, 1))
-            _chunk_view(grad_value, start, stop, num_kv_heads).add_(_as_halves(grad_own_value, 1))
-            if start > 0:
-                prefix_key, prefix_value = clean_key[:, :, :start], clean_value[:, :, :start]
-                more_rows, grad_prefix_key, grad_prefix_value = _cpu_flash_backward(
-                    of_rows[0], rows, prefix_key, prefix_value, of_rows[1], lse, 0.0, False, scale=scale
-                )
-                grad_rows = grad_rows + more_rows
-                grad_key[:, :, length : length + start] += grad_prefix_key
-                grad_value[:, :, length : length + start] += grad_prefix_value
-            _chunk_view(grad_query, start, stop, num_kv_heads).copy_(_as_halves(grad_rows, group))
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
-
-
-def _chunks(layout: SequenceLayout) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of a half, whole blocks each, of at most CHUNK_ROWS (or one block); the last may be shorter."""
-    step = max(CHUNK_ROWS // layout.block_size, 1) * layout.block_size
-    for start in range(0, layout.clean_length, step):
-        yield start, min(start + step, layout.clean_length)
-
-
-def _chunk_view(x: Tensor, start: int, stop: int, num_kv_heads: int) -> Tensor:
-    """View of rows [start, stop) of both halves: x [B, heads, 2L, ...] -> [B, K, heads / K, 2, stop - start, ...]."""
-    return x.unflatten(2, (2, -1)).unflatten(1, (num_kv_heads, -1))[:, :, :, :, start:stop]
-
-
-def _gather(x: Tensor, start: int, stop: int, num_kv_heads: int) -> Tensor:
-    """Copy of those rows, with the query heads of a key-value head folded in: [B, K, heads / K * 2 * rows, ...]."""
-    return _chunk_view(x, start, stop, num_kv_heads).flatten(2, 4).contiguous()
-
-
-def _as_halves(x: Tensor, group: int) -> Tensor:
-    """Inverse of the folding: [B, K, group * 2 * rows, ...] -> [B, K, group, 2, rows, ...]."""
-    return x.unflatten(2, (group, 2, -1))
-
-
-@lru_cache(maxsize=16)
-def _diagonal_mask(num_rows: int, block_size: int, group: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [group * 2 * num_rows, 2 * num_rows] of a chunk against its own keys: 0 or -inf."""
-    allowed = dense_block_mask(SequenceLayout(num_rows, block_size, has_noisy_half=True), torch.device("cpu"))
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf).repeat(group, 1)
+    torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. In half
+    precision small tiles cost up to twice as much; in the others more rows only cost more pairs.
+    """
+    if dtype.itemsize > 2:
+        return 160
+    return max(192, -(-768 // group)) if group > 2 else 192
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,11 +281,10 @@ class _ChunkPlan:
 
 @cached_by_layout
 @torch.inference_mode(False)
-def _chunk_plan(layout: SequenceLayout, chunk_rows: int) -> _ChunkPlan:
+def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int) -> _ChunkPlan:
     """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
-    table, num_noisy = layout.table, layout.num_noisy_rows
-    assert table is not None
-    num_sequences, length = table.blocks.shape[0], layout.num_clean_rows
+    table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
+    length = layout.num_clean_rows
     is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
     noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
     document_starts = table.first_keys[:, num_noisy:]
@@ -512,16 +423,20 @@ def _additive(allowed: Tensor, joined: int, num_folded: int, num_kv_heads: int, 
     return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
 
 
-class _TableAttention(torch.autograd.Function):
-    """As :class:`_ChunkedAttention`, for the chunks of a plan. Key-value heads of all sequences stand where the kernel
-    has its batch: [n * K, P, G / P * R, D], so that the P parts of a group give every thread a head of its own."""
+class _ChunkedAttention(torch.autograd.Function):
+    """Key-value heads of all sequences stand where the kernel has its batch: [n * K, P, G / P * R, D], so that the P
+    parts of a group give every thread a head of its own.
+
+    The backward pass gives the kernel of each part the *merged* output and log-sum-exp: its probabilities are then
+    those of the whole row, and the partial gradients simply add up.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-        plan = _chunk_plan(layout, TABLE_CHUNK_ROWS[query.dtype])
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        plan = _chunk_plan(layout, len(query), _chunk_rows(query.dtype, num_heads // num_kv_heads))
         rows = plan.queries.gather(query)
-        keys, values = _TableKeys(plan, key, layout), _TableKeys(plan, value, layout)
+        keys, values = _Keys(plan, key, layout), _Keys(plan, value, layout)
         out_rows = torch.empty_like(rows)
         log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
@@ -546,8 +461,8 @@ class _TableAttention(torch.autograd.Function):
         plan, scale = ctx.plan, ctx.scale
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         rows, out_rows, grad_out_rows = (plan.queries.gather(x) for x in (query, out, grad_out))
-        keys, values = _TableKeys(plan, key, ctx.layout), _TableKeys(plan, value, ctx.layout)
-        grad_keys, grad_values = (_TableKeyGradients(x) for x in (keys, values))
+        keys, values = _Keys(plan, key, ctx.layout), _Keys(plan, value, ctx.layout)
+        grad_keys, grad_values = (_KeyGradients(x) for x in (keys, values))
         grad_rows = torch.empty_like(rows)
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype):
             fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
@@ -571,7 +486,7 @@ class _TableAttention(torch.autograd.Function):
         return plan.queries.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
 
 
-class _TableKeys:
+class _Keys:
     """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0."""
 
     def __init__(self, plan: _ChunkPlan, x: Tensor, layout: SequenceLayout) -> None:
@@ -596,11 +511,11 @@ class _TableKeys:
         return clean.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
 
 
-class _TableKeyGradients:
+class _KeyGradients:
     """Sums of what the chunks give to each key. A clean key collects a term from every later chunk of its document, at
     least in fp32; from its own chunk a key has one, in the dtype of the kernel."""
 
-    def __init__(self, keys: _TableKeys) -> None:
+    def __init__(self, keys: _Keys) -> None:
         self.keys = keys
         self.rows = torch.empty_like(keys.rows)
         self.clean = torch.zeros_like(keys.clean, dtype=_accumulation_dtype(keys.rows))

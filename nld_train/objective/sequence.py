@@ -146,6 +146,20 @@ class SequenceLayout:
         return self if self.table is None else replace(self, table=self.table.to(device))
 
 
+def row_table(layout: SequenceLayout, num_sequences: int) -> RowTable:
+    """The layout's own table; for one without, what it would be, of ``num_sequences`` that are all alike."""
+    if layout.table is not None:
+        return layout.table
+    places = torch.arange(layout.clean_length)
+    blocks = places // layout.block_size
+    zeros = torch.zeros_like(places)
+    rows = torch.stack([places, zeros - 1, zeros, places + 1])
+    if layout.has_noisy_half:
+        rows = torch.cat([torch.stack([places, blocks, zeros, blocks * layout.block_size]), rows], dim=1)
+    position_ids, of_blocks, first_keys, end_keys = (x.expand(num_sequences, -1).clone() for x in rows)
+    return RowTable(position_ids=position_ids, blocks=of_blocks, first_keys=first_keys, end_keys=end_keys)
+
+
 @dataclass(slots=True, kw_only=True)
 class JointBatch:
     """One micro-batch as the model and the loss see it.

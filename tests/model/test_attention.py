@@ -6,6 +6,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from itertools import pairwise
 
 import pytest
@@ -30,7 +31,7 @@ from nld_train.model.attention import (
 )
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
-from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, shard_batch
+from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, row_table, shard_batch
 from nld_train.testing.layouts import table_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -132,7 +133,8 @@ def test_causal_backends_equal_the_written_out_softmax(
 ):
     layout = SequenceLayout(length, 1, has_noisy_half=False)
     inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
-    for attention in (dense_attention, lambda query, key, value, _: causal_attention(query, key, value)):
+    plain: Attention = lambda query, key, value, _: causal_attention(query, key, value)  # noqa: E731
+    for attention in (dense_attention, chunked_attention, plain):
         assert_equals_written_out(attention, layout, inputs)
 
 
@@ -142,7 +144,8 @@ def test_random_shapes():
     rng = random.Random(seed)
     for _ in range(12):
         block_size = rng.randint(1, 70)
-        layout = SequenceLayout(block_size * rng.randint(1, max(1, 400 // block_size)), block_size, True)
+        length = block_size * rng.randint(1, max(1, 400 // block_size))
+        layout = SequenceLayout(length, block_size, has_noisy_half=rng.random() < 0.7)
         kv_heads, dim = rng.randint(1, 3), rng.randint(1, 20)
         print(layout, kv_heads, dim)
         heads = kv_heads * rng.randint(1, 4)
@@ -206,13 +209,10 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
     assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("has_table", [False, True])
-def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(has_table: bool, monkeypatch: pytest.MonkeyPatch):
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(monkeypatch: pytest.MonkeyPatch):
     """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
     monkeypatch.setattr(attention_module, "JOINED_PREFIX", 0)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
-    if has_table:
-        layout = table_layout(32, [[1024]], [blocks_of([1024], 32)])
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
     expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
@@ -226,7 +226,7 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(has_table: bool, m
     ours, dense = errors(chunked_attention), errors(dense_attention)
     # Two rounded partial results instead of one: up to sqrt(2). Merged with bf16 weights it would be 1.6.
     assert max(ours[0] / dense[0], ours[1] / dense[1]) < 1.42
-    # Eight chunks add to a key's gradient. Summed in bf16 it would be 1.2.
+    # Ten chunks add to a key's gradient. Summed in bf16 it would be 1.2.
     assert max(ours[2] / dense[2], ours[3] / dense[3]) < 1.0
 
 
@@ -296,7 +296,7 @@ TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, joined: int) -> None:
     """``joined``: longest prefix that is taken with a chunk's own rows."""
-    monkeypatch.setattr(attention_module, "TABLE_CHUNK_ROWS", dict.fromkeys(TOLERANCE, num_rows))
+    monkeypatch.setattr(attention_module, "_chunk_rows", lambda dtype, group: num_rows)
     monkeypatch.setattr(attention_module, "JOINED_PREFIX", joined)
 
 
@@ -343,7 +343,7 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
                 if rng.random() < share
             ])  # fmt: skip
         layout = table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
-        print(documents, noisy, block_size, attention_module.TABLE_CHUNK_ROWS)
+        print(documents, noisy, block_size, attention_module._chunk_rows(torch.float64, 1))
         kv_heads = rng.randint(1, 2)
         assert_table_equals_written_out(
             chunked_attention,
@@ -357,13 +357,14 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
 @pytest.mark.parametrize("has_noisy_half", [True, False])
-def test_a_plain_layout_written_as_a_table_equals_the_plain_path(attention: Attention, has_noisy_half: bool):
+def test_a_plain_layout_written_as_a_table_is_the_plain_one(attention: Attention, has_noisy_half: bool):
     plain = SequenceLayout(320, 32, has_noisy_half)
     table = table_layout(32, [[320]] * 2, [blocks_of([320], 32)] * 2 if has_noisy_half else None)
     assert table.table is not None
-    assert table.num_rows == plain.num_rows
+    for rows, of_plain in zip(astuple(table.table), astuple(row_table(plain, 2)), strict=True):
+        assert torch.equal(rows, of_plain)
     inputs = make_inputs(plain, 2, 4, 2, 8, dtype=torch.float64)
-    expected = run(attention if has_noisy_half else dense_attention, inputs, plain)
+    expected = run(dense_attention, inputs, plain)
     assert_close(run(attention, inputs, table), expected, torch.float64)
 
 
@@ -404,12 +405,12 @@ def test_padding_rows_touch_nothing(poison: float):
 def test_chunks_cover_what_they_should():
     """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows."""
     layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
-    chunks = attention_module._chunk_plan(layout, 160).chunks
+    chunks = attention_module._chunk_plan(layout, 1, 160).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
         (0, 0, 96, 0), (0, 96, 212, 44), (0, 212, 300, 0), (300, 300, 368, 32),
     ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
-    chunks = attention_module._chunk_plan(layout, 256).chunks
+    chunks = attention_module._chunk_plan(layout, 1, 256).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
@@ -418,7 +419,7 @@ def test_chunks_cover_what_they_should():
 def test_chunks_of_the_same_shape_are_taken_together():
     """Clean beginnings of all three sequences; then two with a noisy block at the same place."""
     layout = table_layout(16, [[64]] * 3, [[range(32, 48)], [range(32, 48)], [range(48, 64)]])
-    plan = attention_module._chunk_plan(layout, 32)
+    plan = attention_module._chunk_plan(layout, 3, 32)
     found = [(chunk.sequences.tolist(), chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in plan.chunks]
     assert found == [
         ([0, 1, 2], 0, 32, 0), ([0, 1], 32, 48, 16), ([0, 1], 48, 64, 0), ([2], 32, 48, 0), ([2], 48, 64, 16),
@@ -431,7 +432,7 @@ def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytes
     """One noisy block each, at different places of the same chunk; sequence 1 stands apart from 0 and 2."""
     set_chunk_rows(monkeypatch, 80, 0)
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48)]])
-    plan = attention_module._chunk_plan(layout, 80)
+    plan = attention_module._chunk_plan(layout, 3, 80)
     assert (plan.chunks[0].sequences.tolist(), len(plan.allowed[0])) == ([0, 2], 2)
     for kv_heads in (1, 2):
         assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64, heads=4, kv_heads=kv_heads)
@@ -439,8 +440,8 @@ def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytes
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
     layout = table_layout(16, *TABLE_LAYOUTS["complementary"])
-    plan = attention_module._chunk_plan(layout, 128)
-    assert attention_module._chunk_plan(layout, 128) is plan
+    plan = attention_module._chunk_plan(layout, 2, 128)
+    assert attention_module._chunk_plan(layout, 2, 128) is plan
     run(chunked_attention, make_inputs(layout, 2, 4, 2, 8, dtype=torch.float32), layout)
     assert layout.table is not None
     held = [weakref.ref(x) for x in (plan.queries.rows, layout.table.end_keys)]
@@ -733,5 +734,3 @@ def test_backends_are_resolved_by_device():
     query, key, value, _ = make_inputs(layout, 1, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"auto.* not resolved"):
         joint_attention(query, key, value, layout, auto)
-    with pytest.raises(ValueError, match="use causal_attention"):
-        chunked_attention(query, key, value, SequenceLayout(16, 4, has_noisy_half=False))
