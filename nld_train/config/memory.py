@@ -21,7 +21,7 @@ PARTS = {
     "gradients": "fp32 sums over micro-batches (main_grad)",
     "optimizer": "two moments, and fp32 weights for bf16: this rank's share over data and context ranks",
     "inputs": "of recomputed layers",
-    "norms": "kept by RMSNorm, in fp32 where it computes so",
+    "norms": "inputs of RMSNorm",
     "attention": "projections, rotated queries and keys, output",
     "mlp": "SwiGLU",
     "head": "gradient of the rows that enter the loss; token ids of the embedding",
@@ -159,8 +159,6 @@ def _rank_memory(
     kept["attention"] += of_layer.rotary_tables if of_layer.has_table else 0
     if not is_last:
         kept["pipeline"] += size * hidden * of_layer.shard  # what was sent
-    if not is_first and precision is Precision.bf16:  # what was received; in fp32 the first norm keeps it
-        kept["pipeline"] += size * hidden * of_layer.shard
     # And at most, while its backward pass runs: a layer that is computed again is there in full.
     moments = []
     if is_last:
@@ -168,7 +166,7 @@ def _rank_memory(
             moments.append(kept + of_layer.computed_again(recompute, is_last=False))
         kept.update(of_layer.kept(recompute, is_last=True))
         moments.append(kept + of_layer.computed_again(recompute, is_last=True))
-        kept["norms"] += of_layer.norm(of_layer.selected_shard, recompute)
+        kept["norms"] += of_layer.norm(of_layer.selected_shard)
         kept["head"] += size * hidden * of_layer.selected
         moments.append(kept)
     else:
@@ -229,11 +227,9 @@ class _Layer:
         self.has_table = work.has_table or self.is_shared
         self.rotary_tables = 2 * self.dim * size * (self.rows if self.has_table else work.length)
 
-    def norm(self, rows: int, recompute: Recompute = Recompute.none) -> int:
-        """Values in fp32, and normalised in the dtype; one number a row. The output is kept by what reads it."""
-        if recompute is Recompute.selective:
-            return rows * self.hidden * self.size  # the input
-        return rows * (self.hidden * (4 + self.size) + 4)
+    def norm(self, rows: int) -> int:
+        """The input, and one number a row. The output is kept by what reads it."""
+        return rows * (self.hidden * self.size + 4)
 
     def kept(self, recompute: Recompute, *, is_last: bool = False) -> Counter[str]:
         """Between the forward pass and the backward pass of the layer.
@@ -248,10 +244,10 @@ class _Layer:
         projected = self.rows * (self.heads + 2 * self.groups) * self.dim
         queries = self.rows * self.heads * self.dim
         out = after * self.heads * self.dim  # read by the output projection
-        inside = 5 * after * self.ffn // self.tensor  # gate and up, silu(gate), up again, their product
-        if recompute is Recompute.selective:  # attention cores and norms keep their inputs alone
+        inside = 3 * after * self.ffn // self.tensor  # gate and up; silu(gate) * up
+        if recompute is Recompute.selective:  # attention cores keep their inputs alone
             return Counter({
-                "norms": self.norm(self.shard, recompute) + self.norm(after_shard, recompute),
+                "norms": self.norm(self.shard) + self.norm(after_shard),
                 "attention": size * (self.hidden * self.shard + projected + queries + out),
                 "mlp": size * (self.hidden * after_shard + inside),
             })  # fmt: skip
@@ -273,12 +269,10 @@ class _Layer:
         if recompute is Recompute.none:
             return Counter()
         again = self.kept(Recompute.none, is_last=is_last)
-        if recompute is Recompute.selective:  # a norm, or the attention core: never both
+        if recompute is Recompute.selective:
             core = self.size * self.rows * (self.heads + self.groups) * self.dim + 4 * self.heads * self.rows
-            norm = self.norm(self.selected_shard if is_last else self.shard)
-            return Counter({"attention": core}) if core > norm else Counter({"norms": norm})
-        if self.size == 4:  # the norm keeps the layer's input itself, not a copy
-            again["norms"] -= 4 * self.hidden * self.shard
+            return Counter({"attention": core})
+        again["norms"] -= self.size * self.hidden * self.shard  # the layer's input, which is there already
         return again
 
     @property

@@ -28,7 +28,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     """
     recompute: dict[str, Any] = {}
     if parallel.recompute_granularity is Recompute.selective:
-        # The norms recompute themselves: Megatron's own way needs Transformer Engine.
+        # Norms and SwiGLU keep their inputs alone in any case.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     elif parallel.recompute_granularity is Recompute.full:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

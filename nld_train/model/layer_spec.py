@@ -1,4 +1,4 @@
-"""What a decoder layer is made of: Megatron's own layer, our norm and our attention core.
+"""What a decoder layer is made of: Megatron's own layer, our norm, our SwiGLU and our attention core.
 
 After the attention of the last layer only the rows that enter the loss go on.
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -22,13 +21,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nld_train.model.attention import JointAttention
 from nld_train.model.head import gather_rows
+from nld_train.model.pointwise import GatedMLP, RMSNorm
 from nld_train.objective.sequence import SequenceLayout
 
 
@@ -42,33 +40,6 @@ class DecoderRows:
 
     layout: SequenceLayout
     selected: Tensor | None
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm, as in transformers' Ministral3: statistics at least in fp32, weight applied after.
-
-    Megatron's torch norm refuses sequence parallelism; this one marks its weight so that Megatron sums its gradient
-    over tensor-parallel ranks. With selective recomputation its fp32 copies of the rows are not kept.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.recomputes = config.recompute_granularity == "selective"
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self._normalize, hidden, use_reentrant=False, preserve_rng_state=False)
-        return self._normalize(hidden)
-
-    def _normalize(self, hidden: Tensor) -> Tensor:
-        values = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * values.to(hidden.dtype)
 
 
 class DecoderAttention(JointAttention):
@@ -153,11 +124,18 @@ def decoder_layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
             ),
             self_attn_bda=Residual,
             pre_mlp_layernorm=RMSNorm,
-            # The form of this entry differs between Megatron releases; Megatron's own helper gives the right one.
-            mlp=get_mlp_module_spec_for_backend(LocalSpecProvider()),
+            mlp=_gated_mlp_spec(),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _gated_mlp_spec() -> Any:
+    """Megatron's own entry, whose form differs between releases, with our module."""
+    entry: Any = get_mlp_module_spec_for_backend(LocalSpecProvider())
+    if isinstance(entry, ModuleSpec):
+        return ModuleSpec(module=GatedMLP, submodules=entry.submodules)
+    return partial(GatedMLP.as_mlp_submodule, **entry.keywords)
 
 
 def decoder_spec(layer_spec: ModuleSpec, num_layers_here: int) -> TransformerBlockSubmodules:
