@@ -61,7 +61,9 @@ class Job:
 
     nodes: int = option("nodes of each job")
     gpus_per_node: int = option("GPUs of a node, one rank each")
-    partition: str = option("where to queue; default: the cluster's default partition", default="")
+    partition: str = option(
+        "where to queue, or several to choose from: main,spare; default: the cluster's default partition", default=""
+    )
     time: str = option(
         "limit of each job, as Slurm writes it: 4:00:00, 2-00:00:00; default: the partition's", default=""
     )
@@ -192,6 +194,8 @@ def parse_job(own: Mapping[str, str], problems: list[Problem]) -> Job | None:
                 problems.append(Problem(item.name, "is missing", f"give it, as in {item.name}=8"))
             continue
         text = own[item.name]
+        if item.name == "partition":  # a list, which the keys of train.py would want in quotes: with or without
+            text = re.sub(r"""^(['"])(.*)\1$""", r"\2", text)
         if kind is int and not (re.fullmatch(r"[0-9]+", text) and int(text) > 0):
             problems.append(Problem(item.name, f"{text!r} is not a positive whole number", f"give one: {item.name}=8"))
         elif kind is bool and text.lower() not in ("true", "false"):
@@ -201,6 +205,9 @@ def parse_job(own: Mapping[str, str], problems: list[Problem]) -> Job | None:
             problems.append(Problem(item.name, f"{text!r} is not a time", remedy))
         elif item.name == "launcher" and text not in LAUNCHERS:
             problems.append(Problem(item.name, f"{text!r} is no launcher", f"use {' or '.join(LAUNCHERS)}"))
+        elif item.name == "partition" and not re.fullmatch(r"([^\s,'\"\[\]]+(,[^\s,'\"\[\]]+)*)?", text):
+            remedy = "give one, or several with commas and nothing else between them: partition='main,spare'"
+            problems.append(Problem(item.name, f"{text!r} is not a partition or a list of them", remedy))
         elif "\n" in text:
             problems.append(Problem(item.name, "has more than one line", "give one line"))
         else:
@@ -268,18 +275,37 @@ def reach_slurm(*, is_needed: bool) -> bool:
 
 
 def cluster_problems(job: Job) -> list[Problem]:
-    """What the cluster cannot give: Slurm takes such a job and lets it wait for ever."""
+    """What the cluster cannot give: Slurm takes such a job and lets it wait for ever. Of several partitions one is
+    enough; a note says which cannot."""
     lines = [line.split("|") for line in _slurm("sinfo", "-hN", "-o", "%P|%N|%t|%G|%l").splitlines()]
     names = list(dict.fromkeys(line[0].rstrip("*") for line in lines))
     default = next((line[0].rstrip("*") for line in lines if line[0].endswith("*")), None)
     partition = job.partition or default
     if partition is None:
         return [Problem("partition", "is not given, and the cluster has no default", f"use one of {', '.join(names)}")]
-    nodes = [line for line in lines if line[0].rstrip("*") == partition]
-    if not nodes:
-        guess = difflib.get_close_matches(partition, names, n=1)
-        remedy = f"did you mean partition={guess[0]}?" if guess else f"use one of {', '.join(names)}"
-        return [Problem("partition", f"{partition} is not a partition of this cluster", remedy)]
+    wanted = partition.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        guesses = {name: difflib.get_close_matches(name, names, n=1) for name in unknown}
+        meant = ",".join(guesses[name][0] if guesses.get(name) else name for name in wanted)
+        remedy = f"did you mean partition={meant}?" if all(guesses.values()) else f"use one of {', '.join(names)}"
+        return [Problem("partition", f"{name} is not a partition of this cluster", remedy) for name in unknown]
+    of_each = {
+        name: _partition_problems(job, name, [line for line in lines if line[0].rstrip("*") == name]) for name in wanted
+    }
+    if all(of_each.values()):
+        return [problem for problems in of_each.values() for problem in problems]
+    for name, problems in of_each.items():
+        for problem in problems:
+            print(f"note: partition {name} cannot take the job: {problem}", file=sys.stderr)
+    return []
+
+
+def _partition_problems(job: Job, partition: str, nodes: Sequence[Sequence[str]]) -> list[Problem]:
+    """What one partition cannot give.
+
+    Args:
+        nodes: of each the words of sinfo: partition, name, state, resources, limit of the time.
+    """
     problems = []
     able = [line for line in nodes if num_gpus(line[3]) >= job.gpus_per_node]
     if not able:

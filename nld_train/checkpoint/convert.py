@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nld_train.checkpoint.checksums import Checksum, write_checksums
 from nld_train.checkpoint.hf_folder import HFFolder, write_safetensors_stream
 from nld_train.checkpoint.manager import INFO_FILE, CheckpointInfo, read_info, sync_path, write_info
 from nld_train.checkpoint.streaming import StoredParameters, write_parameters
@@ -267,11 +268,15 @@ def import_checkpoint(
                 for file in tokenizer_files:
                     shutil.copyfile(file, temporary / "tokenizer" / file.name)
             done = 0
-            for num_bytes in write_parameters(temporary, parameters(), source.model.num_layers):
+            checksums: dict[str, Checksum] = {}
+            for num_bytes in write_parameters(temporary, parameters(), source.model.num_layers, checksums):
                 done += num_bytes
                 if progress is not None:
                     progress(done, total)
             write_info(temporary, info)
+            for path in [temporary / INFO_FILE, *temporary.glob("tokenizer/*")]:
+                checksums[str(path.relative_to(temporary))] = Checksum.of(path)
+            write_checksums(temporary, checksums)
     return out
 
 

@@ -30,7 +30,16 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nld_train.checkpoint.checksums import CHECKSUM_FILE, Checksum, damage, read_checksums, write_checksums
 from nld_train.checkpoint.headers import check_numbers
-from nld_train.checkpoint.sharded import SHARDING_TYPE, FileWriting, Written, rank_state, write_common_files
+from nld_train.checkpoint.sharded import (
+    METADATA_FILE,
+    SHARDING_TYPE,
+    FileWriting,
+    Written,
+    absent_keys,
+    rank_state,
+    stored_keys,
+    write_common_files,
+)
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, NLDError
 
@@ -434,14 +443,19 @@ class CheckpointManager:
         state: dict[str, Any] = {"model": weights}
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=_sharding())
+        wanted = stored_keys(state)  # the loader changes what it is given
         try:
             loaded = dist_checkpointing.load(state, str(folder))
         # The loader raises a dozen types (torch's wrapper is not even an Exception); all mean that this folder cannot
         # be used here.
         except (Exception, CheckpointException) as error:
+            where, what = folder, _cause(error)
+            if absent := absent_keys(folder, wanted):
+                others = f" (nor any of {len(absent) - 1} others)" if len(absent) > 1 else ""
+                where, what = folder / METADATA_FILE, f"it lists no piece of tensor {absent[0]}{others}"
             raise CheckpointError(
-                str(folder),
-                f"cannot be loaded: {_cause(error)}",
+                str(where),
+                f"cannot be loaded: {what}",
                 "check that model.* is the same as in its checkpoint.json; if the files are damaged, remove the "
                 "folder: the run then resumes from the checkpoint before it",
             ) from error

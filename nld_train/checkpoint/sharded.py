@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -114,6 +115,24 @@ def rank_state(weights: dict[str, Any], optimizer: MegatronOptimizer | None) -> 
         else:
             pieces.append(Piece(item.key, tuple(item.global_offset), tuple(item.global_shape), item.data.detach()))
     return RankState(pieces, objects, {**rest, **common})
+
+
+def stored_keys(state: dict[str, Any]) -> list[str]:
+    """Keys in a checkpoint of all that a sharded state consists of."""
+    return [
+        item.unique_key if isinstance(item, ShardedObject) else item.key
+        for item in nested_values(state)
+        if isinstance(item, ShardedTensor | ShardedTensorFactory | ShardedObject)
+    ]
+
+
+def absent_keys(folder: Path, keys: Iterable[str]) -> list[str]:
+    """Those of which a checkpoint's index has nothing; none where the index cannot be read."""
+    try:
+        found = FileSystemReader(folder).read_metadata().state_dict_metadata
+        return [key for key in keys if key not in found]
+    except Exception:  # unpickling damaged bytes may raise anything, or give anything
+        return []
 
 
 def _distributed_optimizer(optimizer: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import pickle
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
@@ -131,7 +132,9 @@ class ObjectWriter:
         return _StorageInfo(self._file.path.name, start, self._file.size - start)
 
 
-def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num_layers: int) -> Iterator[int]:
+def write_parameters(
+    folder: Path, parameters: Iterable[tuple[str, Tensor]], num_layers: int, checksums: dict[str, Checksum]
+) -> Iterator[int]:
     """Write whole parameters as a distributed checkpoint that every parallel layout loads.
 
     torch's own writer keeps all tensors of a file until it is closed, so the file is laid out here: objects of
@@ -141,6 +144,7 @@ def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num
         folder: exists already and is empty.
         parameters: (Megatron's name in the whole model, parameter on the CPU), each once; one in memory at a time.
         num_layers: of the model.
+        checksums: those of the files come in here, by their names.
 
     Yields:
         bytes of each parameter, after it was written.
@@ -150,7 +154,7 @@ def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num
     """
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, Any] = {}
-    with StreamedFile(folder / "__0_0.distcp") as file:
+    with _summed(folder / "__0_0.distcp", checksums) as file:
         objects = ObjectWriter(file)
         for layer in range(num_layers):
             for module in _EXTRA_STATE_OF:
@@ -167,11 +171,19 @@ def write_parameters(folder: Path, parameters: Iterable[tuple[str, Tensor]], num
             yield tensor.nbytes
             del tensor, alone  # before the next one is made
     metadata = Metadata(state_dict_metadata=entries, planner_data=None, storage_data=storage)
-    with StreamedFile(folder / ".metadata") as file:
+    with _summed(folder / ".metadata", checksums) as file:
         file.write(pickle.dumps(metadata))
-    with StreamedFile(folder / "common.pt") as file:
+    with _summed(folder / "common.pt", checksums) as file:
         ObjectWriter(file).save({})
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    checksums["metadata.json"] = Checksum.of(folder / "metadata.json")
+
+
+@contextmanager
+def _summed(path: Path, checksums: dict[str, Checksum]) -> Iterator[StreamedFile]:
+    with StreamedFile(path, has_checksum=True) as file:
+        yield file
+    checksums[path.name] = file.checksum
 
 
 def _read_ahead(mapped: mmap.mmap, start: int, length: int) -> None:

@@ -199,7 +199,7 @@ class TrainConfig:
     spike_threshold: float = 8.0  # spreads above the running median at which a loss is marked as a spike; 0: never
     peak_tflops: float | None = None  # 1e12 operations a second of a device, for mfu; null: of a known GPU in bf16
     stall_timeout: float = 900.0  # seconds without progress of a rank until the run is ended; 0: never
-    stop_timeout: float = 300.0  # seconds from a signal to the end of the step; then the run ends without saving
+    stop_timeout: float = 300.0  # seconds without progress between a signal and the end of the step; then no save
 
 
 @dataclass(slots=True, kw_only=True)

@@ -18,6 +18,8 @@ LINEAR_COLOR = "#3a8a3f"
 QUADRATIC_COLOR = "#7a3f98"
 INK_COLOR, PALE_COLOR = "#444444", "#888888"
 RUN_COLORS = ("#2a78c2", "#d0661f", "#3a9a55", "#a05bc0", "#c2455a", "#8a7a2a")
+FAULTS = (("is_spike", "loss spikes", "v", "#9a8424"), ("is_skipped", "steps skipped", "X", "#c2455a"))
+"""Field of a step record, its name, marker and colour."""
 SHARE_COLORS = ("#2f7fd0", "#8a86a8", "#d9602a")
 """Of the masked share, from few to all; each is legible on white and on black."""
 _LOSS_AT = {percent: f"diffusion_loss_at_{percent}" for percent in range(10, 101, 10)}
@@ -98,6 +100,12 @@ def _draw_losses(axes: "Axes", metrics: RunMetrics, unit: float) -> None:
         low, high = min(shown), max(shown)
         margin = 0.05 * (high - low) + 1e-3
         axes.set_ylim(low - margin, high + margin)
+    for name, label, marker, color in FAULTS:
+        if tokens := [record["tokens"] / unit for record in metrics.steps if record.get(name)]:
+            # At the upper edge: the loss of a spike is out of the figure, that of a skipped step is often no number.
+            axes.vlines(tokens, 0, 1, transform=axes.get_xaxis_transform(), color=color, alpha=0.35, linewidth=0.8)
+            edge = [0.985] * len(tokens)
+            axes.plot(tokens, edge, marker, color=color, transform=axes.get_xaxis_transform(), label=label, zorder=4)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
 
@@ -207,6 +215,42 @@ def draw_speed(metrics: RunMetrics, resumed_after: Sequence[int] = ()) -> "Figur
         axes.set_xlabel(_token_label(unit_name))
         _tidy(axes)
     _mark_stages(rate, metrics, unit, (rate, seconds))
+    return figure
+
+
+def draw_usage(metrics: RunMetrics) -> "Figure | None":
+    """Share of the devices' peak that the model's operations take (MFU), and rank 0's memory. None where no record has
+    either."""
+    memory = [
+        (name, label)
+        for name, label in (("device_memory_gb", "device, the most so far"), ("host_memory_gb", "host"))
+        if any(record.get(name) is not None for record in metrics.steps)
+    ]
+    has_mfu = any(record.get("mfu") is not None for record in metrics.steps)
+    if not memory and not has_mfu:
+        return None
+    pyplot = _pyplot()
+    unit, unit_name = _token_unit(metrics.steps[-1]["tokens"])
+    tokens = [record["tokens"] / unit for record in metrics.steps]
+    figure, panels = pyplot.subplots(1, has_mfu + bool(memory), figsize=(9, 3.0), layout="constrained", squeeze=False)
+    free = list(panels[0])
+    if has_mfu:
+        axes = free.pop(0)
+        values = [100 * value for value in _numbers(metrics.steps, "mfu")]
+        axes.plot(tokens, values, color=INK_COLOR, alpha=0.3, linewidth=0.7)
+        axes.plot(tokens, smooth(values, half_width=len(values) // 30), color=INK_COLOR, linewidth=1.6)
+        axes.set_ylabel("MFU (% of the peak)")
+    if memory:
+        axes = free.pop(0)
+        for (name, label), color in zip(memory, RUN_COLORS, strict=False):
+            axes.plot(tokens, _numbers(metrics.steps, name), color=color, linewidth=1.4, label=label)
+        axes.set_ylabel("memory of rank 0 (GiB)")
+        axes.legend(frameon=False, fontsize=7)
+    for axes in panels[0]:
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(_token_label(unit_name))
+        _tidy(axes)
+    _mark_stages(panels[0][0], metrics, unit, panels[0])
     return figure
 
 

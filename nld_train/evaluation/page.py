@@ -31,6 +31,11 @@ _START = re.compile(r"run +.* (?:starts|resumes after step (\d+) of \d+)$")
 _END = re.compile(r"run (?:finished|stopped): ")
 _SAMPLE = re.compile(r"\[(ar|diffusion|linear|quadratic)\] (\d+ tokens, \d+ forwards, [\d.]+ tokens per forward)$")
 
+_USAGE = (
+    ("MFU", "mfu", "{median:.1%} (median)"),
+    ("device memory", "device_memory_gb", "{most:.1f} GiB at most (rank 0)"),
+    ("host memory", "host_memory_gb", "{most:.1f} GiB at most (rank 0)"),
+)
 _NEW_HEARTBEAT = "remove the file: the run writes it anew"
 
 _COLORS = {
@@ -145,6 +150,7 @@ def build_page(folders: Sequence[Path]) -> str:
             ("Losses by stage", _losses),
             ("Loss by masked share", _buckets),
             ("Speed", _speed),
+            ("Utilisation and memory", _usage),
             ("Starts", _starts),
             ("Samples", _samples),
         )
@@ -268,6 +274,14 @@ def _facts(subject: Subject) -> dict[str, str]:
             rates = [record["tokens_per_second"] for record in records if record["tokens_per_second"] is not None]
             done = f"{statistics.median(rates):,.0f} tokens/s (median)" if rates else "not begun"
             facts[f"stage {name}"] = f"{about}, {done}"
+        for name, label, _, _ in curves.FAULTS:
+            marked = [record["step"] for record in run.metrics.steps if record.get(name)]
+            if marked:
+                facts[label] = f"{len(marked):,}, the last is step {marked[-1]:,}"
+        for label, key, form in _USAGE:
+            values = [record[key] for record in run.metrics.steps if record.get(key) is not None]
+            if values:
+                facts[label] = form.format(median=statistics.median(values), most=max(values))
         for label, key in (("AR", "val_ar_loss"), ("diffusion", "val_diffusion_loss")):
             measured = [record for record in run.metrics.validations if record[key] is not None]
             if measured:
@@ -296,6 +310,12 @@ def _buckets(subject: Subject, prefix: str) -> str:
 def _speed(subject: Subject, prefix: str) -> str:
     with _blaming_metrics(subject):
         return _svg(curves.draw_speed(subject.run.metrics, subject.resumed_after), f"{prefix}-speed")
+
+
+def _usage(subject: Subject, prefix: str) -> str:
+    with _blaming_metrics(subject):
+        figure = curves.draw_usage(subject.run.metrics)
+        return "" if figure is None else _svg(figure, f"{prefix}-usage")
 
 
 def _starts(subject: Subject, prefix: str) -> str:

@@ -1,7 +1,7 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def run(config: Config) -> int:
                     run_dir / "checkpoints", config.checkpoint, cpu_group, progress=supervisor.watchdog.mark
                 )
                 find = find_replay_point if is_replay else find_resume_point
-                resume, damaged = find(manager, config, stages)
+                with supervisor.reading_files():
+                    resume, damaged = find(manager, config, stages)
                 blends = prepare_blends(config, is_main=is_main)
                 chats = prepare_chats(config, blends.tokenizer_folder, is_main=is_main)
                 if resume is not None:
@@ -99,7 +100,8 @@ def run(config: Config) -> int:
                     config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
                 )
                 if config.init.hf_path is not None and resume is None:
-                    load_hf_weights(models, config.model, Path(config.init.hf_path))
+                    with supervisor.reading_files():
+                        load_hf_weights(models, config.model, Path(config.init.hf_path))
                 chunks = [
                     wrap_data_parallel(model, **overlap(config.parallel, platform), is_first_chunk=model is models[0])
                     for model in models
@@ -107,7 +109,8 @@ def run(config: Config) -> int:
                 optimizer = build_optimizer(config.optim, chunks, dtype)
                 connect(chunks, optimizer)
                 if resume is not None:
-                    manager.load(resume.checkpoint, chunks, optimizer)
+                    with supervisor.reading_files():
+                        manager.load(resume.checkpoint, chunks, optimizer)
 
                 if writes:
                     callbacks = build_callbacks(config)
@@ -134,13 +137,13 @@ def run(config: Config) -> int:
                     start_step=start_step,
                 )
                 if config.debug.replay_step is not None and resume is not None:
-                    with supervisor.watchdog:
+                    with supervisor.watchdog.watching():
                         for line in replay(trainer, config.debug.replay_step, resume.checkpoint):
                             if is_main:
                                 print(line)
                     supervisor.peers.tell("done")
                     return 0
-                with supervisor.watchdog, supervisor.signals.deferred():
+                with supervisor.watchdog.watching(), supervisor.signals.deferred():
                     result = trainer.train()
                 if not result.is_stopped:
                     supervisor.peers.tell("done")
@@ -161,7 +164,8 @@ def run(config: Config) -> int:
                 callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
             checkpoint = result.checkpoint or (resume.checkpoint if resume is not None else None)
             if is_main and checkpoint is not None:
-                finish(config, checkpoint, callbacks)
+                with supervisor.reading_files():
+                    finish(config, checkpoint, callbacks, supervisor.watchdog.mark)
             if is_main:  # the others end while it exports
                 supervisor.heartbeat.state("finished")
             return 0
@@ -260,13 +264,17 @@ def describe(
     )
 
 
-def finish(config: Config, checkpoint: Path, callbacks: Callback) -> None:
-    """Export the last checkpoint, unless that was done, and continue the prompt from it in all modes (rank 0)."""
+def finish(config: Config, checkpoint: Path, callbacks: Callback, progress: Callable[[], None]) -> None:
+    """Export the last checkpoint, unless that was done, and continue the prompt from it in all modes (rank 0).
+
+    Args:
+        progress: called after each tensor, and after each mode.
+    """
     if not config.export.enabled:
         return
     out = Path(config.run.dir) / "hf"
     if exported_step(out) != read_info(checkpoint).step:
-        export_checkpoint(checkpoint, out, overwrite=True)
+        export_checkpoint(checkpoint, out, overwrite=True, progress=lambda done, total: progress())
         callbacks.on_message(f"exported to {out}")
     if config.export.prompt is not None:
         model, tokenizer = load_export(out)
@@ -275,3 +283,4 @@ def finish(config: Config, checkpoint: Path, callbacks: Callback) -> None:
                 model, tokenizer, config.export.prompt, mode, max_new_tokens=config.export.max_new_tokens
             )
             callbacks.on_message(format_continuation(result))
+            progress()

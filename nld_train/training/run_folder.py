@@ -123,9 +123,12 @@ def check_resumable(info: CheckpointInfo, config: Config, stages: tuple[Stage, .
     Stages that are not over yet may be changed, and new ones appended; learning rates and optimizer settings, too.
 
     Raises:
-        ConfigError: every key that differs.
+        ConfigError: every key that differs; or the checkpoint is of no run (imported weights).
     """
     saved, current = info.config, to_dict(config)
+    if not info.stage:
+        remedy = "start from the Hugging Face folder with init.hf_path, and use another run.dir"
+        raise ConfigError([Problem("run.dir", f"{checkpoint} holds imported weights and no run", remedy)])
     new_blend = "use {key}={old} to resume it, give the new blend to a new stage, or use another run.dir to start anew"
     other_value = "use {key}={old} to resume it, or another run.dir to start anew"
     problems: list[Problem] = []

@@ -22,8 +22,9 @@ class StopSignals:
     """Catches what asks a run to stop; use as a context manager, in the main thread.
 
     While :meth:`deferred`, a signal is noted, for the ranks to agree on at the end of a step (:attr:`requested`); when
-    ``stop_timeout`` passes before that, the process ends. At other times there is nothing to save and a signal ends
-    the process. A second signal always does, with 128 + its number.
+    ``stop_timeout`` passes before that without progress, the process ends. (A long validation or a save may come before
+    the next step ends: they are waited for as long as they get on.) At other times there is nothing to save and a
+    signal ends the process. A second signal always does, with 128 + its number.
 
     Python runs signal handlers between two instructions of the main thread, which may be waiting in a collective for
     ever. So a thread reads what the kernel's handler wrote into a socket (``signal.set_wakeup_fd``).
@@ -31,14 +32,16 @@ class StopSignals:
     Args:
         stop_timeout: seconds.
         end: ends the process; called from the thread, with a reason.
+        progress_at: when there was progress last, by ``time.monotonic``.
     """
 
     SAME_SIGNAL_SECONDS = 1.0
     """Launchers pass a signal on that the ranks have got themselves (Ctrl-C, ``scancel --full``): one request."""
 
-    def __init__(self, stop_timeout: float, end: Callable[[str], None]) -> None:
+    def __init__(self, stop_timeout: float, end: Callable[[str], None], progress_at: Callable[[], float]) -> None:
         self._stop_timeout = stop_timeout
         self._end = end
+        self._progress_at = progress_at
         self._is_deferred = False
         self._first: tuple[str, float] | None = None  # name of the signal, when
         self._is_agreed = False
@@ -69,10 +72,12 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While steps are trained: a signal waits for the end of the step."""
+        """While steps are trained: a signal waits for the end of the step. One that comes after the last step has
+        nothing to wait for; the run ends by itself."""
         self._is_deferred = True
         try:
             yield
+            self._is_agreed = True
         finally:
             self._is_deferred = False
 
@@ -84,10 +89,12 @@ class StopSignals:
         while True:
             timeout = None
             if self._first is not None and not self._is_agreed:
-                timeout = max(0.0, self._first[1] + self._stop_timeout - time.monotonic())
+                timeout = max(0.0, self._deadline(self._first[1]) - time.monotonic())
             if not select.select([self._reader], [], [], timeout)[0]:
-                if not self._is_agreed:
-                    self._end(f"no step ended in the {self._stop_timeout:g} s after {self.requested}")
+                if not self._is_agreed and self._first is not None:
+                    name, asked = self._first
+                    if time.monotonic() >= self._deadline(asked):  # else there was progress meanwhile
+                        self._end(f"no step ended after {name}, and no progress for {self._stop_timeout:g} s")
                 continue
             numbers = self._reader.recv(64)
             if not numbers:
@@ -95,6 +102,9 @@ class StopSignals:
             for number in numbers:
                 if number in STOP_SIGNALS:
                     self._got(number)
+
+    def _deadline(self, asked: float) -> float:
+        return max(asked, self._progress_at()) + self._stop_timeout
 
     def _got(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name

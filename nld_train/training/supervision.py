@@ -2,8 +2,10 @@
 
 import errno
 import os
+import random
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,14 +37,19 @@ class Supervisor:
     """So long the others have to write their stacks."""
     END_SECONDS = 10.0
     """So long an end may take that writes to the run's folder, which may be what hangs."""
+    FILE_SECONDS = 1800.0
+    """The watchdog's limit before the first step and after the last one, unless ``train.stall_timeout`` is longer: a
+    slow file server is no hang. As long as the others wait in a collective for this rank."""
+    SPREAD_SECONDS = 1.0
+    """In this time, at most, the ranks that have lost rank 0 look one after the other whether somebody has said so."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.run_dir = Path(config.run.dir)
         self._rank = rank
         self._world_size = world_size
         self.heartbeat = Heartbeat(self.run_dir, rank, world_size, writes=config.debug.replay_step is None)
-        self.signals = StopSignals(config.train.stop_timeout, self._stop)
         self.watchdog = Watchdog(config.train.stall_timeout, self._stalled)
+        self.signals = StopSignals(config.train.stop_timeout, self._stop, lambda: self.watchdog.marked_at)
         self.peers = Peers(self._notice, self._lost)
         self._has_ended = threading.Event()
         self._ending = threading.Lock()
@@ -57,12 +64,16 @@ class Supervisor:
         self._has_ended.set()
         self.signals.__exit__(kind, error, trace)
 
+    def reading_files(self) -> AbstractContextManager[None]:
+        """Around what reads or writes large files before the first step, or after the last one."""
+        return self.watchdog.watching(self.FILE_SECONDS)
+
     def failed(self, error: BaseException, status: int) -> None:
         """The main thread ends with an error: tell the others, unless the error is that one of them is gone."""
         if self._world_size > 1 and not isinstance(error, ConfigError):
             time.sleep(self.LOSS_SECONDS)  # a lost peer ends this process meanwhile
         if is_of_the_machine(error):
-            self._end(EXIT_RESTART, f"{type(error).__name__}: {error}", None)
+            self._end(EXIT_RESTART, f"{type(error).__name__}: {error}", "lost")
         message = f"{type(error).__name__}: {error}"
         self.heartbeat.state("failed", message)
         self.peers.tell("failed", status, message)
@@ -71,7 +82,10 @@ class Supervisor:
         self._end(EXIT_RESTART, f"{reason}: ended without saving", "stopped")
 
     def _lost(self, rank: int) -> None:
-        self._end(EXIT_RESTART, f"rank {rank} is gone: ended without saving", None)
+        self._end_in_time(EXIT_RESTART)
+        if self._rank != 0:  # all of them see rank 0 go, one needs to write
+            time.sleep(random.uniform(0.0, min(self.SPREAD_SECONDS, self._world_size / 1000)))
+        self._end(EXIT_RESTART, f"rank {rank} is gone: ended without saving", "lost")
 
     def _stalled(self, reason: str) -> None:
         self._end_in_time(EXIT_RESTART)

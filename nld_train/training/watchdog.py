@@ -6,15 +6,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+import psutil
+
+_READ_BYTES = 1 << 20  # counting reads something itself
 
 
 class Watchdog:
-    """A thread that looks at the time of the last :meth:`mark`; use as a context manager.
+    """A thread that looks at the time of the last :meth:`mark`, while a block is :meth:`watching`.
 
     Args:
         timeout: seconds without a mark; 0: never.
@@ -25,33 +28,59 @@ class Watchdog:
         self._timeout = timeout
         self._on_stall = on_stall
         self._marked_at = time.monotonic()
-        self._ended = threading.Event()
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def watching(self, at_least: float = 0.0) -> Iterator[None]:
+        """Until the block ends.
+
+        Args:
+            at_least: seconds; a longer limit, for a block that reads or writes large files: there what the process
+                reads is progress, too, since what reads it knows nothing of marks.
+        """
+        ended = threading.Event()
         self.mark()
         if self._timeout > 0:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
+            reads = self._bytes_read if at_least else lambda: 0
+            arguments = (max(self._timeout, at_least), reads, ended)
+            threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
+    @property
+    def marked_at(self) -> float:
+        """When there was progress last, by ``time.monotonic``."""
+        return self._marked_at
 
     def mark(self) -> None:
         """There is progress: a micro-batch, a step, a piece of a file. From any thread."""
         self._marked_at = time.monotonic()
 
-    def _watch(self) -> None:
-        asleep = min(1.0, self._timeout / 4)
+    @staticmethod
+    def _bytes_read() -> int:
+        """By this process so far: into its buffers, and into the machine's memory for mapped files."""
+        try:
+            counters = psutil.Process().io_counters()
+        except (OSError, psutil.Error):  # a kernel that does not count
+            return 0
+        return int(counters.read_chars + counters.read_bytes)
+
+    def _watch(self, limit: float, reads: Callable[[], int], ended: threading.Event) -> None:
+        asleep = min(1.0, limit / 4)
         looked_at = time.monotonic()
-        while not self._ended.wait(asleep):
+        num_read = reads()
+        while not ended.wait(asleep):
             now = time.monotonic()
-            if now - looked_at > asleep + self._timeout / 2:
+            if now - looked_at > asleep + limit / 2:
                 self.mark()  # this process was stopped and goes on (SIGCONT, a suspended machine): it may yet progress
             looked_at = now
-            if now - self._marked_at > self._timeout:
-                self._on_stall(f"no progress for {self._timeout:g} s (train.stall_timeout)")
+            if (now_read := reads()) - num_read > _READ_BYTES:
+                num_read = now_read
+                self.mark()
+            if now - self._marked_at > limit:
+                setting = "train.stall_timeout" if limit == self._timeout else "the limit while a run starts or ends"
+                self._on_stall(f"no progress for {limit:g} s ({setting})")
 
 
 def dump_stacks(run_dir: Path, rank: int, reason: str) -> Path | None:

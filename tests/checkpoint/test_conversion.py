@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from nld_train.checkpoint.checksums import CHECKSUM_FILE, read_checksums
 from nld_train.checkpoint.convert import check_same_model, export_checkpoint, hf_config, import_checkpoint
 from nld_train.checkpoint.headers import text_config
 from nld_train.checkpoint.hf_folder import HFFolder
@@ -206,6 +207,30 @@ def test_import_export_import_is_bit_exact(source: Folder, tmp_path: Path) -> No
     assert config["block_size"] == (OBJECTIVE["block_size"] if source.kind == "nld" else 32)
     same(stored(import_checkpoint(exported, tmp_path / "c", notify=silent)), found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "in"]
+
+
+def newest(topology: Topology, platform: Platform, directory: str) -> str:
+    """Where a start in this folder goes on, or why it does not."""
+    try:
+        return str(CheckpointManager(Path(directory), CheckpointConfig()).latest()[0])
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_start_compares_an_import_with_its_checksums(one_rank: RankPool, tmp_path: Path) -> None:
+    source = Folder().write(tmp_path / "in")
+    (source / "tokenizer.json").write_text("{}")
+    checkpoint = import_checkpoint(source, tmp_path / "checkpoints/step_00000000", notify=silent)
+    names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert "tokenizer/tokenizer.json" in names
+    assert set(read_checksums(checkpoint)) == names - {CHECKSUM_FILE}
+    assert one_rank.run(newest, str(checkpoint.parent)) == str(checkpoint)
+    for name in sorted(names - {CHECKSUM_FILE}):
+        good = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        found = one_rank.run(newest, str(checkpoint.parent))
+        assert f"{Path(name).name} has another checksum" in found
+        (checkpoint / name).write_bytes(good)
 
 
 def test_vision_language_and_text_form_give_the_same_checkpoint(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Saving beside the training, checksums, full disks, and which checkpoints are kept."""
 
+import os
+import pickle
 import resource
 import shutil
 import threading
@@ -13,7 +15,15 @@ import torch.distributed as dist
 
 from nld_train.checkpoint.checksums import CHECKSUM_FILE, read_checksums
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, complete_checkpoints
-from nld_train.checkpoint.sharded import FileWriting, Piece, RankState, rank_state, rectangles, write_common_files
+from nld_train.checkpoint.sharded import (
+    METADATA_FILE,
+    FileWriting,
+    Piece,
+    RankState,
+    rank_state,
+    rectangles,
+    write_common_files,
+)
 from nld_train.config.schema import CheckpointConfig, OptimConfig, ParallelConfig
 from nld_train.errors import CheckpointError, NLDError
 from nld_train.model.build import build_model
@@ -139,11 +149,22 @@ def test_nothing_undamaged_is_an_error_and_no_new_beginning(one_rank: RankPool, 
     assert nothing == (None, [])
 
 
-def save_while_training(topology: Topology, platform: Platform, directory: str, asynchronous: bool) -> bool:
-    """Weights and moments change while the file is written; whether what is loaded is what was saved."""
+def training_state(chunks: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
+    """Weights and moments, themselves."""
+    part = optimizer.chained_optimizers[0]
+    found = {}
+    for name, parameter in chunks[0].module.named_parameters():
+        found[f"weight of {name}"] = parameter
+        states = part._get_main_param_and_optimizer_states(parameter)
+        found |= {f"{kind} of {name}": states[kind] for kind in ("exp_avg", "exp_avg_sq")}
+    return found
+
+
+def save_while_training(topology: Topology, platform: Platform, directory: str, asynchronous: bool) -> list[str]:
+    """Weights and moments change while the file is written; names of what is loaded and not what was saved."""
     chunks, optimizer = trained(platform)
-    parameters = dict(chunks[0].module.named_parameters())
-    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    values = training_state(chunks, optimizer)
+    saved = {name: value.detach().clone() for name, value in values.items()}
     is_changed = threading.Event()
     main = threading.current_thread()
 
@@ -156,21 +177,87 @@ def save_while_training(topology: Topology, platform: Platform, directory: str, 
     manager.begin(chunks, optimizer, info_of(1))
     assert manager.is_saving
     assert manager.is_writing == asynchronous
-    for parameter in parameters.values():
-        parameter.data.add_(1.0)
+    for value in values.values():
+        value.data.add_(1.0)
     is_changed.set()
     result = manager.finish()
     assert result.error is None
     assert not manager.is_saving
-    others, _ = trained(platform, seed=2)
-    assert manager.load(result.folder, others, None).step == 1
-    found = dict(others[0].module.named_parameters())
-    return all(torch.equal(found[name], value) for name, value in saved.items())
+    others, other_optimizer = trained(platform, seed=2)
+    assert manager.load(result.folder, others, other_optimizer).step == 1
+    found = training_state(others, other_optimizer)
+    assert sum(name.startswith("exp_avg") for name in found) == 2 * len(list(others[0].module.parameters()))
+    return [name for name, value in saved.items() if not torch.equal(found[name], value)]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_next_step_does_not_reach_into_a_save(one_rank: RankPool, tmp_path: Path, asynchronous: bool) -> None:
-    assert one_rank.run(save_while_training, str(tmp_path), asynchronous)
+    assert one_rank.run(save_while_training, str(tmp_path), asynchronous) == []
+
+
+def save_and_note(topology: Topology, platform: Platform, directory: str) -> list[tuple[str, str, int]]:
+    """What a save has the disk do, in order: ("sync", path, its bytes then) and ("rename", path, 0)."""
+    chunks, optimizer = trained(platform)
+    noted: list[tuple[str, str, int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        noted.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        noted.append(("rename", str(path), 0))
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted_fsync)
+        patch.setattr(Path, "rename", noted_rename)
+        CheckpointManager(Path(directory), CheckpointConfig()).save(chunks, optimizer, info_of(1))
+    return noted
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(one_rank: RankPool, tmp_path: Path) -> None:
+    """Its files, whole, then their names in the folder, then the folder's own name: a machine that loses power leaves a
+    checkpoint or none."""
+    noted = one_rank.run(save_and_note, str(tmp_path))
+    (folder,) = complete_checkpoints(tmp_path)
+    ((place, temporary),) = [(i, path) for i, (what, path, _) in enumerate(noted) if what == "rename"]
+    before, after = noted[:place], noted[place + 1 :]
+    files = {("sync", f"{temporary}/{path.name}", path.stat().st_size) for path in folder.iterdir()}
+    assert len(files) == 6
+    assert files <= set(before)
+    assert before[-1][:2] == ("sync", temporary)
+    assert [entry[:2] for entry in after] == [("sync", str(tmp_path))]
+
+
+def load_without(topology: Topology, platform: Platform, directory: str, *cases: list[str]) -> list[tuple[str, str]]:
+    """Where and what is wrong with a checkpoint whose index has lost the tensors of each case."""
+    chunks, optimizer = trained(platform)
+    manager = CheckpointManager(Path(directory), CheckpointConfig())
+    folder = manager.save(chunks, optimizer, info_of(1))
+    whole = (folder / METADATA_FILE).read_bytes()
+    found = []
+    for keys in cases:
+        index = pickle.loads(whole)
+        for key in keys:
+            del index.state_dict_metadata[key]
+        index.storage_data = {place: where for place, where in index.storage_data.items() if place.fqn not in keys}
+        (folder / METADATA_FILE).write_bytes(pickle.dumps(index))
+        with pytest.raises(CheckpointError) as refusal:
+            manager.load(folder, chunks, optimizer)
+        found += [(problem.location, problem.message) for problem in refusal.value.problems]
+    return found
+
+
+def test_a_tensor_that_the_index_does_not_know_is_named(one_rank: RankPool, tmp_path: Path) -> None:
+    weights = [f"decoder.layers.{layer}.mlp.linear_fc1.weight" for layer in (0, 1)]
+    moment = f"optimizer.state.exp_avg_sq.{weights[0]}"
+    found = one_rank.run(load_without, str(tmp_path), weights, [moment])
+    assert {location for location, _ in found} == {str(tmp_path / "step_00000001" / METADATA_FILE)}
+    assert [message for _, message in found] == [
+        f"cannot be loaded: it lists no piece of tensor {weights[0]} (nor any of 1 others)",
+        f"cannot be loaded: it lists no piece of tensor {moment}",
+    ]
 
 
 def save_on_a_full_disk(topology: Topology, platform: Platform, directory: str, asynchronous: bool) -> list[str | None]:

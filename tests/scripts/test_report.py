@@ -60,7 +60,10 @@ def write_run(folder, *, seed=1, lr=1e-3, scale=1.0):
                 means |= {f"diffusion_accuracy_at_{share}": 0.5 - share / 300 for share in range(10, 101, 10)}
             lap = Lap(0.1, 4e4 * draw.random(), 0.01)
             where = {"step": step, "stage": stage, "tokens": TOKENS * step}
-            lines.append(step_record(**where, means=means, lr=lr, grad_norm=1.0, lap=lap))
+            usage = {"mfu": 0.4 + 0.02 * draw.random(), "host_memory_gb": 1.5, "device_memory_gb": 50 + step / 50}
+            faults = {"is_spike": step in (55, 70), "is_skipped": step == 63}
+            record = step_record(**where, means=means, lr=lr, grad_norm=1.0, lap=lap, usage=usage, faults=faults)
+            lines.append(record)
             if step % 20 == 0:
                 lines.append(validation_record(**where, means={"ar_loss": ar_loss, "diffusion_loss": 7.0}))
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_record, lines)))
@@ -168,11 +171,11 @@ def test_what_is_shown(two_runs):
     assert page.texts["title"] == ["Report: a, b"]
     assert page.texts["h2"] == [
         "Overview", "Settings that differ", "Validation losses", "Losses by stage", "Loss by masked share", "Speed",
-        "Starts", "Samples", "Evaluation: likelihood", "Evaluation: decoding", "Evaluation: speed of light",
-        "Evaluation: harness",
+        "Utilisation and memory", "Starts", "Samples", "Evaluation: likelihood", "Evaluation: decoding",
+        "Evaluation: speed of light", "Evaluation: harness",
     ]  # fmt: skip
-    # Validations of both, three figures of each, four of the first one's evaluations.
-    assert page.count("svg") == 1 + 2 * 3 + 4
+    # Validations of both, four figures of each, four of the first one's evaluations.
+    assert page.count("svg") == 1 + 2 * 4 + 4
     drawn = [text.strip() for text in page.texts["text"]]
     for text in (
         "stage ar",
@@ -180,14 +183,22 @@ def test_what_is_shown(two_runs):
         "AR, validation",
         "masked share",
         "clean tokens per second",
+        "MFU (% of the peak)",
+        "memory of rank 0 (GiB)",
+        "device, the most so far",
         "block length",
     ):
         assert text in drawn, text
-    assert drawn.count("stage ar") == 4  # in the losses and the speed of each
+    assert drawn.count("stage ar") == 6  # in the losses, the speed and the utilisation of each
+    assert (drawn.count("loss spikes"), drawn.count("steps skipped")) == (2, 2)
     cells = page.texts["td"]
     rows = dict(zip(cells[::3], cells[1::3], strict=False))
     assert rows["clean tokens"] == "409,600 of 409,600"
     assert (rows["state"], rows["restarts"]) == ("finished", "1")
+    assert (rows["loss spikes"], rows["steps skipped"]) == ("2, the last is step 70", "1, the last is step 63")
+    assert re.fullmatch(r"4[01]\.\d% \(median\)", rows["MFU"])
+    assert rows["device memory"] == "52.0 GiB at most (rank 0)"
+    assert rows["host memory"] == "1.5 GiB at most (rank 0)"
     assert cells[cells.index("state") + 2] == "stalled: no step for 600 s"
     assert cells[cells.index("restarts") + 2] == "3"
     assert cells[cells.index("stages.ar.lr") + 1 :][:2] == ["0.001", "0.002"]
@@ -230,7 +241,7 @@ def test_a_browser_opens_it(two_runs, tmp_path):
     assert complaints == []
     page = Page(document)
     assert page.texts["title"] == ["Report: a, b"]
-    assert page.count("svg") == 11
+    assert page.count("svg") == 13
     curves = [attributes for tag, attributes in page.tags if tag == "path" and "var(--ar)" in attributes["style"]]
     assert len(curves) >= 4
     assert all(attributes["d"].startswith("M ") for attributes in curves)
@@ -242,11 +253,13 @@ def test_a_browser_opens_it(two_runs, tmp_path):
 
 
 def test_a_run_under_way_needs_little(tmp_path, capsys):
-    """One record, no validation, no log: the page goes beside them."""
+    """One record of an older version, no validation, no log: the page goes beside them."""
     run = write_run(tmp_path / "run")
     (run / "train.log").unlink()
     records = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(records[0] + records[1][:20])
+    newer = ("mfu", "host_memory_gb", "device_memory_gb", "is_spike", "is_skipped")
+    record = {name: value for name, value in json.loads(records[0]).items() if name not in newer}
+    (run / "metrics.jsonl").write_bytes(encode_record(record) + records[1][:20])
     assert report.main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     page = Page((run / "report.html").read_text())
@@ -314,6 +327,7 @@ def edit(name, key, value, record=None):
             r"metrics\.jsonl: is not a run's metrics .*ValueError",
         ),
         (edit("metrics.jsonl", "step_seconds", "long", 3), r"metrics\.jsonl: is not a run's metrics .*ValueError"),
+        (edit("metrics.jsonl", "mfu", "high", 3), r"metrics\.jsonl: is not a run's metrics .*Error"),
         (edit("config.yaml", "stages.ar.tokens", None), r"config\.yaml: is not a run's configuration: .*ar\.tokens"),
         (edit("config.yaml", "stages.ar.tokens", "all"), r"config\.yaml: is not a run's configuration: .*'all'"),
         (edit("config.yaml", "run.seed", "x"), r"config\.yaml: is not a run's configuration: .*'x'"),

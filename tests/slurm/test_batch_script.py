@@ -27,17 +27,18 @@ srun() {{
     {waits}
     exit {status}
 }}
+sed() {{ {concluding}; command sed "$@"; }}
 scontrol() {{
-    if [[ $1 == show ]]; then echo first-node; echo second-node
+    if [[ $1 == show ]]; then {early}; echo first-node; echo second-node
     elif [[ $2 == show ]]; then echo "JobId=$4 JobState=RUNNING Reason={reason} Dependency=(null)"
-    else echo "$*" >> "{here}/calls"; return {requeue_status}; fi
+    else echo "$*" >> "{here}/calls"; {requeueing}; return {requeue_status}; fi
 }}
 scancel() {{ echo "scancel $*" >> "{here}/calls"; }}
 """
 WAITS = """trap 'asked=1' USR2; asked=
     touch "{here}/waits"; for _ in $(seq 1000); do kill -0 $$ || exit
     [[ $asked && -e "{here}/go" ]] && break; sleep 0.02; done
-    [[ $asked ]] || exit 99"""
+    [[ $asked ]] || {{ touch "{here}/unasked"; exit 99; }}"""
 
 
 @dataclass
@@ -79,8 +80,19 @@ class FakeRun:
         signals: tuple[signal.Signals, ...] = (),
         reason: str = "None",
         requeue_status: int = 0,
+        early: str = "",
+        concluding: str = "",
+        requeueing: str = "",
     ) -> Ended:
-        """One start of the job, to its end. ``state``: what the run says in its heartbeat, None for nothing."""
+        """One start of the job, to its end.
+
+        Args:
+            state: what the run says in its heartbeat, None for nothing.
+            signals: sent to the script while the step runs.
+            early: names of signals that come before there is a step; the step then waits for its own.
+            concluding: those that come when the step has ended, before it is decided how the run goes on.
+            requeueing: those that come while the job is put back into the queue.
+        """
         self.submission.mkdir(parents=True, exist_ok=True)
         (self.submission / "jobs").write_text("".join(f"{number}\n" for number in self.jobs))
         leaves = []
@@ -91,7 +103,12 @@ class FakeRun:
             leaves.append(f'mkdir -p "{self.run_dir}/checkpoints/step_{checkpoint:08d}"')
         standins = STANDINS.format(
             here=self.folder, status=status, reason=reason, requeue_status=requeue_status,
-            leaves="; ".join(leaves) or ":", waits=WAITS.format(here=self.folder) if signals else ":",
+            leaves="; ".join(leaves) or ":",
+            waits=WAITS.format(here=self.folder) if signals or early else ":",
+            **{
+                moment: " ; ".join(f"kill -{name} $$" for name in names.split()) or ":"
+                for moment, names in (("early", early), ("concluding", concluding), ("requeueing", requeueing))
+            },
         )  # fmt: skip
         script = render(Job(nodes=2, gpus_per_node=2, setup="source standins"), self.submission, self.run_dir)
         script = script.replace("source standins", standins)
@@ -151,7 +168,7 @@ def test_an_error_is_no_success_although_the_step_says_so(run: FakeRun) -> None:
 
 
 @pytest.mark.parametrize("job", [JOB, int(JOB)])
-@pytest.mark.parametrize("state", ["stopped", "stalled", "running", "starting"])
+@pytest.mark.parametrize("state", ["stopped", "stalled", "lost", "running", "starting"])
 def test_what_can_go_on_is_requeued(run: FakeRun, state: str, job: str | int) -> None:
     ended = run.start(state=state, job=job, checkpoint=5)
     assert (ended.status, ended.calls) == (75, REQUEUE), ended.output
@@ -226,6 +243,48 @@ def test_over_its_time_it_is_requeued_at_once(
     run.checkpoint(2)
     ended = run.start(state="stopped", checkpoint=3, signals=signals, reason="TimeLimit")
     assert (ended.status, ended.calls) == (75, REQUEUE), ended.output
+
+
+@pytest.mark.parametrize(
+    ("early", "calls", "words"),
+    [
+        ("USR1", REQUEUE, "back into the queue"),
+        ("TERM", [], "submit the run again to go on"),
+        ("USR1 TERM", [], "submit"),
+    ],
+)
+def test_who_asks_before_there_is_a_step_is_not_forgotten(
+    run: FakeRun, early: str, calls: list[str], words: str
+) -> None:
+    """The step is asked as soon as it is there. (The one here may be so young that the signal ends it.)"""
+    ended = run.start(state="stopped", checkpoint=3, early=early)
+    assert (ended.status, ended.calls) == (75, calls), ended.output
+    assert words in ended.output
+    assert not (run.folder / "unasked").exists()
+
+
+def test_asked_to_end_when_the_step_has_ended_it_ends(run: FakeRun) -> None:
+    """The wish alone counts: nobody is left who could be asked to save, and a limit of time is no other matter."""
+    for reason in ("None", "TimeLimit"):
+        ended = run.start(state="stopped", checkpoint=run.starts + 3, concluding="TERM", reason=reason)
+        assert (ended.status, ended.calls) == (75, []), ended.output
+        assert "submit the run again" in ended.output
+        assert "asked to end" not in ended.output
+        assert "time is over" not in ended.output
+
+
+def test_a_warning_when_the_step_has_ended_means_nothing(run: FakeRun) -> None:
+    ended = run.start(state="stopped", checkpoint=3, concluding="USR1", requeueing="USR1")
+    assert (ended.status, ended.calls) == (75, REQUEUE), ended.output
+    assert "asked to make room" not in ended.output
+
+
+@pytest.mark.parametrize("reason", ["None", "TimeLimit"])
+def test_a_job_that_requeues_itself_gets_a_signal_and_does_it_once(run: FakeRun, reason: str) -> None:
+    ended = run.start(state="stalled", checkpoint=3, requeueing="TERM", reason=reason)
+    assert (ended.status, ended.calls) == (75, REQUEUE), ended.output
+    assert ended.output.count("back into the queue") == 1
+    assert "asked to end" not in ended.output
 
 
 def test_where_requeueing_is_not_allowed_it_says_so(run: FakeRun) -> None:

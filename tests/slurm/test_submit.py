@@ -101,6 +101,45 @@ def test_variants(dry_run: Callable[..., str], tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("written", ["main,spare", "'main,spare'", '"main,spare"'])
+def test_a_list_of_partitions_is_written_with_or_without_quotes(dry_run: Callable[..., str], written: str) -> None:
+    """They are no part of it; the keys of train.py need them for a comma."""
+    assert "#SBATCH --partition=main,spare\n" in dry_run(f"partition={written}")
+
+
+NODES = """\
+main*|n1|idle|gpu:8|2:00:00
+main*|n2|idle|gpu:8|2:00:00
+spare|n3|idle|gpu:8|1-00:00:00
+spare|n4|idle|gpu:4|1-00:00:00"""
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "limit", "problems", "note"),
+    [
+        ("main,spare", 2, "1:00:00", [], "note: partition spare cannot take the job: nodes: 2 are asked for"),
+        ("spare,main", 1, "3:00:00", [], "note: partition main cannot take the job: time: 3:00:00 is more than"),
+        ("main,spare", 1, "1:00:00", [], ""),
+        ("main,spare", 2, "3:00:00", ["time: 3:00:00 is more than the 2:00:00", "nodes: 2 are asked for"], ""),
+        ("mian,spare", 1, "1:00:00", ["did you mean partition=main,spare?"], ""),
+        ("mian,qqqqq", 1, "1:00:00", ["use one of main, spare", "qqqqq is not a partition"], ""),
+        ("", 2, "1:00:00", [], ""),
+    ],
+)
+def test_one_of_the_partitions_has_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    partition: str, nodes: int, limit: str, problems: list[str], note: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(submit, "_slurm", lambda *command: NODES)
+    found = submit.cluster_problems(Job(nodes=nodes, gpus_per_node=8, partition=partition, time=limit))
+    assert len(found) == len(problems)
+    words = "\n".join(map(str, found))
+    assert all(text in words for text in problems), words
+    said = capsys.readouterr().err
+    assert note in said
+    assert bool(said) == bool(note)
+
+
 def test_every_problem_at_once(refused: Callable[..., str]) -> None:
     words = refused("gpus_per_node=0", "time=soon", "launcher=mpirun", "modle.num_layers=2", "exclusive=perhaps")
     for text in (
@@ -125,6 +164,9 @@ def test_every_problem_at_once(refused: Callable[..., str]) -> None:
         (["data.corpus=/no/such/folder"], "data.corpus"),
         (["setup=a\nb"], "setup: has more than one line"),
         (["chain=two"], "chain: 'two' is not a positive whole number"),
+        (["partition=main, spare"], "several with commas and nothing else between them: partition='main,spare'"),
+        (["partition=[main,spare]"], "partition: '[main,spare]' is not a partition or a list of them"),
+        (["partition=main,,spare"], "partition: 'main,,spare' is not"),
     ],
 )
 def test_refusals(refused: Callable[..., str], settings: list[str], words: str) -> None:
@@ -248,6 +290,7 @@ def submit_on(cluster: Cluster, run_dir: Path, *settings: str) -> subprocess.Com
     ("settings", "words"),
     [
         (["partition=mian"], "did you mean partition=main?"),
+        (["partition=urgent,mian"], "did you mean partition=urgent,main?"),
         (["nodes=4", "train.micro_batch_size=1"], "nodes: 4 are asked for, and partition main has 3 with 2 GPUs"),
         (["partition=urgent"], "use nodes=1 at most"),
         (["gpus_per_node=16", "nodes=1", "train.global_batch_size=32"], "use gpus_per_node=8"),
@@ -270,7 +313,7 @@ def test_what_the_cluster_cannot_do_is_refused(
 def test_a_chain_waits_in_order_and_a_second_submission_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     """Held, so that nothing of it starts."""
     run_dir = tmp_path / "100% of a run"
-    found = submit_on(cluster, run_dir, f"run.dir='{run_dir}'", "chain=3", "options=--hold")
+    found = submit_on(cluster, run_dir, f"run.dir='{run_dir}'", "chain=3", "options=--hold", "partition=main,urgent")
     assert found.returncode == 0, found.stderr
     jobs = (run_dir / "slurm/001/jobs").read_text().split()
     assert len(jobs) == 3
@@ -282,7 +325,8 @@ def test_a_chain_waits_in_order_and_a_second_submission_is_refused(cluster: Clus
         f"afterok:{jobs[1]}(unfulfilled)",
     ]
     assert "100% of a run" in cluster.slurm("scontrol", "show", "job", jobs[0])
-    assert all(job["Requeue"] == "1" for job in shown)
+    assert all((job["Requeue"], job["Partition"]) == ("1", "main,urgent") for job in shown)
+    assert "note: partition urgent cannot take the job: nodes: 2 are asked for" in found.stderr
     assert (run_dir / "slurm/001/code/train.py").read_bytes() == (ROOT / "train.py").read_bytes()
     assert not (run_dir / "slurm/001/code/.git").exists()
 

@@ -124,6 +124,17 @@ def test_figure_says_what_it_shows(tmp_path: Path) -> None:
     assert np.quantile(curve, 0.85) < top
 
 
+def test_spikes_and_skipped_steps_are_marked_where_they_were(tmp_path: Path) -> None:
+    """Also where the loss is no number, and nothing of it enters the curves."""
+    records = synthetic_records()
+    of_step = {record["step"]: record for record in records if "loss" in record}
+    of_step[40] |= {"is_spike": True}
+    of_step[90] |= {"is_spike": False, "is_skipped": True, "loss": math.nan, "ar_loss": math.nan}
+    figure = curves.draw_run(read_metrics(write_run(tmp_path, records) / "metrics.jsonl"))
+    marks = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() in "vX"}
+    assert marks == {"loss spikes": [40 * 4096 / 1e6], "steps skipped": [90 * 4096 / 1e6]}
+
+
 def test_smooth() -> None:
     """Against the window written out point by point."""
     draw = random.Random(1)

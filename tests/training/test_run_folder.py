@@ -79,6 +79,15 @@ def _changed(stage: str, **values: Any) -> Config:
     return config
 
 
+def test_imported_weights_are_no_run() -> None:
+    info = CheckpointInfo(
+        step=0, tokens=0, stage="", samples=0, dtype="float32", model=_config().model, parallel={}, config={},
+        metrics={}, tokenizer="",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="step_00000006 holds imported weights and no run"):
+        check_resumable(info, _config(), plan_stages(_config()), CHECKPOINT)
+
+
 def test_the_same_run_goes_on() -> None:
     assert _refused(2, "sft", _config()) == []
     assert _refused(6, "joint", _config()) == []

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +20,20 @@ import pytest
 import torch
 
 from nld_train.checkpoint.manager import complete_checkpoints
-from nld_train.config.schema import Config, RunConfig
+from nld_train.config.schema import Config, RunConfig, TrainConfig
 from nld_train.errors import EXIT_RESTART, TrainingError
-from nld_train.testing.jobs import Job, group_is_alive, last_step, records, same_export, steps, train
+from nld_train.testing.jobs import (
+    ON_CPU,
+    ROOT,
+    Job,
+    command,
+    group_is_alive,
+    last_step,
+    records,
+    same_export,
+    steps,
+    train,
+)
 from nld_train.training.callbacks.heartbeat import Heartbeat, read_heartbeat
 from nld_train.training.stopping import StopSignals
 from nld_train.training.supervision import Supervisor, is_of_the_machine
@@ -49,7 +62,9 @@ def _blocked(tmp_path: Path, *, deferred: bool, stop_timeout: float = 100.0, agr
     """A process whose main thread waits for ever, as in a collective of a rank that is gone."""
 
     def body() -> None:
-        signals = StopSignals(stop_timeout, lambda reason: (tmp_path / "end").write_text(reason) and os._exit(75))
+        signals = StopSignals(
+            stop_timeout, lambda reason: (tmp_path / "end").write_text(reason) and os._exit(75), lambda: 0.0
+        )
         with signals, signals.deferred() if deferred else contextlib.nullcontext():
             (tmp_path / "ready").touch()
             while signals.requested is None:
@@ -98,19 +113,57 @@ def test_a_step_that_does_not_end_is_not_waited_for(tmp_path: Path, agrees: bool
         process.join()
         return
     assert process.exitcode == EXIT_RESTART
-    assert "0.5 s after SIGUSR1" in (tmp_path / "end").read_text()
+    assert "after SIGUSR1, and no progress for 0.5 s" in (tmp_path / "end").read_text()
+
+
+def test_a_validation_is_waited_for_as_long_as_it_gets_on(tmp_path: Path) -> None:
+    """Also a blocking save: both come before the next step's end, and mark what they have done."""
+
+    def body() -> None:
+        supervisor = Supervisor(Config(run=RunConfig(dir=str(tmp_path)), train=TrainConfig(stop_timeout=0.6)), 0, 1)
+        with supervisor, supervisor.signals.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            until = time.monotonic() + 1.8
+            while time.monotonic() < until:
+                supervisor.watchdog.mark()
+                time.sleep(0.02)
+            (tmp_path / "validated").touch()
+            threading.Event().wait()  # a step that hangs
+
+    process = _in_child(body)
+    process.join(30)
+    assert process.exitcode == EXIT_RESTART
+    assert (tmp_path / "validated").exists()
+
+
+def test_a_signal_in_the_last_validation_does_not_end_the_export(tmp_path: Path) -> None:
+    """No step is left at whose end ranks could agree on it."""
+
+    def body() -> None:
+        signals = StopSignals(0.3, lambda reason: os._exit(EXIT_RESTART), lambda: 0.0)
+        with signals:
+            with signals.deferred():
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while signals.requested is None:
+                    time.sleep(0.01)
+            time.sleep(0.8)
+
+    process = _in_child(body)
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals(1.0, lambda reason: None):
+    with StopSignals(1.0, lambda reason: None, time.monotonic):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_watchdog_fires_when_nothing_is_marked() -> None:
     fired = threading.Event()
-    with Watchdog(0.6, lambda reason: fired.set()) as watchdog:
+    watchdog = Watchdog(0.6, lambda reason: fired.set())
+    with watchdog.watching():
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             watchdog.mark()
@@ -118,10 +171,30 @@ def test_the_watchdog_fires_when_nothing_is_marked() -> None:
         assert not fired.is_set()
         assert fired.wait(3)
     fired.clear()
-    with Watchdog(0.2, lambda reason: fired.set()):
+    with Watchdog(0.2, lambda reason: fired.set()).watching():
         pass
-    with Watchdog(0.0, lambda reason: fired.set()):  # off
+    with Watchdog(0.0, lambda reason: fired.set()).watching(0.1):  # off
         assert not fired.wait(0.6)
+
+
+def test_the_watchdog_has_another_limit_where_files_are_read(tmp_path: Path) -> None:
+    """And there it takes reading for progress, of whoever reads; one after the other on the same watchdog."""
+    fired: list[str] = []
+    watchdog = Watchdog(0.2, fired.append)
+    with watchdog.watching(0.6):
+        time.sleep(0.4)
+    assert not fired
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    with watchdog.watching(0.6):
+        for _ in range(12):
+            time.sleep(0.1)
+            (tmp_path / "file").read_bytes()
+        assert not fired
+        time.sleep(0.9)
+        assert "no progress for 0.6 s (the limit while a run starts or ends)" in fired
+    with watchdog.watching():
+        time.sleep(0.4)
+    assert "no progress for 0.2 s (train.stall_timeout)" in fired
 
 
 def test_stacks_show_all_threads(tmp_path: Path) -> None:
@@ -165,6 +238,30 @@ def test_a_heartbeat_tells_state_restarts_and_warnings(tmp_path: Path) -> None:
     assert found is not None
     assert (found["state"], found["message"], found["step"], found["restarts"]) == ("stalled", "rank 1", 4, 1)
     assert not list(tmp_path.glob(".heartbeat*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_left_of_a_run_says_that_a_rank_is_lost(tmp_path: Path, rank: int) -> None:
+    """Rank 0, or another one where that is the lost one; not over what somebody has said of the end."""
+
+    def end() -> str:
+        ended = _in_child(lambda: supervisor._lost(1 - rank))
+        ended.join(30)
+        assert ended.exitcode == EXIT_RESTART
+        found = read_heartbeat(tmp_path)
+        assert found is not None
+        return f"{found['state']}: {found['message']}"
+
+    Heartbeat(tmp_path, 0, 2).start(10)
+    supervisor = Supervisor(Config(run=RunConfig(dir=str(tmp_path))), rank, 2)
+    if rank == 0:
+        supervisor.heartbeat.start(10)
+    supervisor.heartbeat.step(3, "ar")
+    expected = f"lost: rank {1 - rank} is gone: ended without saving"
+    assert end() == expected
+    for state in ("stalled", "stopped", "failed", "finished"):
+        (tmp_path / "heartbeat.json").write_text(json.dumps({"state": state, "message": "as it was"}))
+        assert end() == f"{state}: as it was"
 
 
 def test_what_another_machine_may_survive_is_no_failure_of_the_run() -> None:
@@ -230,7 +327,8 @@ def test_when_a_rank_is_killed_the_other_goes_without_saving(cache: Path, tmp_pa
             assert time.monotonic() - killed < 15
             time.sleep(0.1)
     assert "rank 1 is gone: ended without saving" in job.output.read_text()
-    assert state(run_dir) == "running"  # as after a kill -9 of all: nobody asked for a stop
+    assert state(run_dir) == "lost"
+    assert "rank 1 is gone" in (read_heartbeat(run_dir) or {})["message"]
     assert saved == {path.name for path in complete_checkpoints(run_dir / "checkpoints")}
     assert last_step(run_dir) % 3 == 0 or f"step_{last_step(run_dir):08d}" not in saved
 
@@ -250,6 +348,38 @@ def test_a_rank_that_stands_still_ends_the_run(cache: Path, tmp_path: Path, vict
     (dump,) = (run_dir / "stacks").iterdir()
     assert dump.name.endswith(f"rank{1 - victim}.txt")
     assert "in train" in dump.read_text()
+
+
+HANGS = """
+import sys, time
+from nld_train.training.supervision import Supervisor
+import nld_train.training.run as run
+Supervisor.FILE_SECONDS = 3.0
+run.export_checkpoint = lambda *arguments, **more: time.sleep(1000)
+from nld_train.config.compose import main
+sys.exit(main(sys.argv[1:], run.run))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_file_server_that_hangs_ends_a_start_and_an_export(cache: Path, tmp_path: Path, where: str) -> None:
+    """Of the start: a file of the newest checkpoint is a pipe into which nobody writes."""
+    run_dir = tmp_path / "run"
+    if where == "start":
+        (run_dir / "checkpoints/step_00000001").mkdir(parents=True)
+        os.mkfifo(run_dir / "checkpoints/step_00000001/checksums.txt")
+    _, _, *overrides = command(run_dir, cache, "train.stall_timeout=2")
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS, *overrides], cwd=ROOT, env=ON_CPU, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == EXIT_RESTART, ended.stderr
+    assert state(run_dir) == "stalled"
+    assert "no progress for 3 s (the limit while a run starts or ends)" in ended.stderr
+    (dump,) = (run_dir / "stacks").iterdir()
+    assert ("in read_checksums" if where == "start" else "in finish") in dump.read_text()
 
 
 @pytest.mark.long

@@ -1,8 +1,9 @@
 """``heartbeat.json``: what a run does at the moment, for batch scripts (which decide on a requeue) and for people.
 
 ``state`` is ``starting``, ``running``, ``stopped`` (on a signal, with a checkpoint), ``finished``, ``stalled`` (ended
-by a watchdog) or ``failed`` (an error was reported: never start it again unseen). ``running`` of a run whose processes
-have gone means that they were killed.
+by a watchdog), ``lost`` (a rank or its machine is gone, and the others have ended) or ``failed`` (an error was
+reported: never start it again unseen). ``running`` of a run whose processes have gone means that all of them were
+killed.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 
 HEARTBEAT_FILE = "heartbeat.json"
 _MIN_SECONDS = 1.0  # between two writes for steps alone
+_UNDER_WAY = ("starting", "running")
 
 
 def read_heartbeat(run_dir: Path) -> dict[str, Any] | None:
@@ -71,15 +73,18 @@ class Heartbeat:
         self.state(None)
 
     def state(self, state: str | None, message: str = "") -> None:
-        """Write; None: only the message is new. Nothing happens where the folder is not this run's.
+        """Write; None: only the message is new. Nothing happens where the folder is not this run's, and ``lost`` does
+        not replace what another rank has said of the end.
 
         Never raises: a full disk is no reason to end a run.
         """
         if not self._writes:
             return
         fields = {**self._fields, "message": message, "time": time.time()}
+        previous = read_heartbeat(self._run_dir) if self._rank != 0 or state == "lost" else None
+        if state == "lost" and previous is not None and previous.get("state") not in _UNDER_WAY:
+            return
         if self._rank != 0:
-            previous = read_heartbeat(self._run_dir)
             if previous is None:
                 return
             fields = {**previous, "message": message, "time": time.time()}
