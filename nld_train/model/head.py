@@ -9,8 +9,7 @@ Dimensions: R rows with weight, H hidden size, V vocabulary (V/tp rows of it on 
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nld_train.objective.sequence import JointBatch
+from nld_train.platform.cpu import bf16_operands
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # rows of logits that exist at a time
 _PRODUCT_ROWS = 8192  # vocabulary rows of a weight gradient's product that exist at a time, on CUDA
@@ -76,22 +76,6 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@contextmanager
-def _bf16_operands() -> Iterator[None]:
-    """fp32 products on the CPU may read their operands as bf16; products and sums stay fp32.
-
-    Where the operands hold bf16 values nothing is lost, and the product is twice as fast on a CPU with bf16
-    instructions; elsewhere this changes nothing.
-    """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 def _add_weight_gradient(total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor) -> None:
     """total [V/tp, H] += grad_logits.T @ hidden, without rounding the product to less than ``total`` holds.
 
@@ -104,7 +88,7 @@ def _add_weight_gradient(total: Tensor, grad_logits: Tensor, rounded: Tensor, hi
     if hidden.dtype == total.dtype:
         total.addmm_(grad_logits.t(), hidden)
     elif hidden.device.type == "cpu":
-        with _bf16_operands() if hidden.dtype is torch.bfloat16 else nullcontext():
+        with bf16_operands() if hidden.dtype is torch.bfloat16 else nullcontext():
             total.addmm_(grad_logits.t(), hidden.to(total.dtype))
     else:
         # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums of a bf16 product; it cannot add to its result.

@@ -9,13 +9,17 @@ in use.
 
 import contextlib
 import ctypes
+import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _CPU = torch.device("cpu")
 
@@ -124,3 +128,31 @@ def keep_freed_memory() -> bool:
     # No block below 1 GiB is mapped, nothing is given back, and the heap grows by 64 MiB at a time.
     settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+@contextlib.contextmanager
+def bf16_operands() -> Iterator[None]:
+    """fp32 products on the CPU may read their operands as bf16; products and sums stay fp32.
+
+    Where the operands hold bf16 values nothing is lost, and the product is twice as fast on a CPU with bf16
+    instructions; elsewhere this changes nothing.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def unredirected(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function inside which torch's functions are called directly, not by way of :func:`enter`'s redirections: a
+    third of the time of a call that does little, which long loops of them feel."""
+
+    @functools.wraps(function)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return called

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nld_train.config.schema import AttentionBackend, RopeConfig
 from nld_train.errors import ConfigError
-from nld_train.model import attention as attention_module
+from nld_train.model import chunked_attention as chunked_module
 from nld_train.model.attention import (
     JointAttention,
     causal_attention,
@@ -29,6 +29,7 @@ from nld_train.model.attention import (
     joint_attention,
     resolve_backend,
 )
+from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
 from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, row_table, shard_batch
@@ -209,9 +210,13 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
     assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
 
 
-def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("kernel", "limit"), [(FLASH, 1.42), (PRODUCTS, 1.74)], ids=["flash", "products"])
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(
+    kernel: Kernel, limit: float, monkeypatch: pytest.MonkeyPatch
+):
     """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
-    monkeypatch.setattr(attention_module, "JOINED_PREFIX", 0)
+    monkeypatch.setattr(chunked_module, "JOINED_PREFIX", 0)
+    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype: kernel)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
@@ -224,8 +229,9 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(monkeypatch: pytes
         ]
 
     ours, dense = errors(chunked_attention), errors(dense_attention)
-    # Two rounded partial results instead of one: up to sqrt(2). Merged with bf16 weights it would be 1.6.
-    assert max(ours[0] / dense[0], ours[1] / dense[1]) < 1.42
+    # Two rounded partial results instead of one: up to sqrt(2), with rounded probabilities sqrt(3). Merged with bf16
+    # weights it would be 1.7 and 1.9.
+    assert max(ours[0] / dense[0], ours[1] / dense[1]) < limit
     # Ten chunks add to a key's gradient. Summed in bf16 it would be 1.2.
     assert max(ours[2] / dense[2], ours[3] / dense[3]) < 1.0
 
@@ -296,8 +302,8 @@ TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, joined: int) -> None:
     """``joined``: longest prefix that is taken with a chunk's own rows."""
-    monkeypatch.setattr(attention_module, "_chunk_rows", lambda dtype, group: num_rows)
-    monkeypatch.setattr(attention_module, "JOINED_PREFIX", joined)
+    monkeypatch.setattr(chunked_module, "_chunk_rows", lambda dtype, group, kernel: num_rows)
+    monkeypatch.setattr(chunked_module, "JOINED_PREFIX", joined)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -331,7 +337,8 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
     for _ in range(40):
-        set_chunk_rows(monkeypatch, rng.choice([1, 3, 16, 50, 100]), rng.choice([0, 7, 40, 1024]))
+        num_rows = rng.choice([1, 3, 16, 50, 100])
+        set_chunk_rows(monkeypatch, num_rows, rng.choice([0, 7, 40, 1024]))
         length, block_size = rng.randint(2, 120), rng.choice([1, 2, 7, 16, 60])
         documents, noisy = [], []
         for _ in range(rng.randint(1, 3)):
@@ -343,7 +350,7 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
                 if rng.random() < share
             ])  # fmt: skip
         layout = table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
-        print(documents, noisy, block_size, attention_module._chunk_rows(torch.float64, 1))
+        print(documents, noisy, block_size, num_rows)
         kv_heads = rng.randint(1, 2)
         assert_table_equals_written_out(
             chunked_attention,
@@ -405,12 +412,12 @@ def test_padding_rows_touch_nothing(poison: float):
 def test_chunks_cover_what_they_should():
     """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows."""
     layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
-    chunks = attention_module._chunk_plan(layout, 1, 160).chunks
+    chunks = chunked_module._chunk_plan(layout, 1, 160).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
         (0, 0, 96, 0), (0, 96, 212, 44), (0, 212, 300, 0), (300, 300, 368, 32),
     ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
-    chunks = attention_module._chunk_plan(layout, 1, 256).chunks
+    chunks = chunked_module._chunk_plan(layout, 1, 256).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
@@ -419,7 +426,7 @@ def test_chunks_cover_what_they_should():
 def test_chunks_of_the_same_shape_are_taken_together():
     """Clean beginnings of all three sequences; then two with a noisy block at the same place."""
     layout = table_layout(16, [[64]] * 3, [[range(32, 48)], [range(32, 48)], [range(48, 64)]])
-    plan = attention_module._chunk_plan(layout, 3, 32)
+    plan = chunked_module._chunk_plan(layout, 3, 32)
     found = [(chunk.sequences.tolist(), chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in plan.chunks]
     assert found == [
         ([0, 1, 2], 0, 32, 0), ([0, 1], 32, 48, 16), ([0, 1], 48, 64, 0), ([2], 32, 48, 0), ([2], 48, 64, 16),
@@ -432,7 +439,7 @@ def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytes
     """One noisy block each, at different places of the same chunk; sequence 1 stands apart from 0 and 2."""
     set_chunk_rows(monkeypatch, 80, 0)
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48)]])
-    plan = attention_module._chunk_plan(layout, 3, 80)
+    plan = chunked_module._chunk_plan(layout, 3, 80)
     assert (plan.chunks[0].sequences.tolist(), len(plan.allowed[0])) == ([0, 2], 2)
     for kv_heads in (1, 2):
         assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64, heads=4, kv_heads=kv_heads)
@@ -440,8 +447,8 @@ def test_chunks_of_the_same_shape_may_have_masks_of_their_own(monkeypatch: pytes
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
     layout = table_layout(16, *TABLE_LAYOUTS["complementary"])
-    plan = attention_module._chunk_plan(layout, 2, 128)
-    assert attention_module._chunk_plan(layout, 2, 128) is plan
+    plan = chunked_module._chunk_plan(layout, 2, 128)
+    assert chunked_module._chunk_plan(layout, 2, 128) is plan
     run(chunked_attention, make_inputs(layout, 2, 4, 2, 8, dtype=torch.float32), layout)
     assert layout.table is not None
     held = [weakref.ref(x) for x in (plan.queries.rows, layout.table.end_keys)]

@@ -1,0 +1,455 @@
+"""Block-masked attention on the CPU: only what the mask keeps, in chunks of rows that share a clean prefix.
+
+Dimensions: B sequences, S rows of the model's input, L clean tokens, N noisy rows, H query heads, K key-value heads,
+G = H / K query heads per key-value head, P parts that a group is taken in, D head dimension, R rows of a chunk, n
+sequences that have a chunk alike.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nld_train.model.cpu_kernels import Kernel, kernel_for
+from nld_train.objective.masks import cached_by_layout
+from nld_train.objective.sequence import RowTable, SequenceLayout, row_table
+from nld_train.platform.cpu import unredirected
+
+JOINED_PREFIX = 1024
+"""Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
+needs no mask, and a merge."""
+
+
+def chunked_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
+) -> Tensor:
+    """[B, H, S, D]: only what the mask keeps, on the CPU.
+
+    Rows are taken in chunks, those that stand for clean tokens [start, stop) together: noisy and clean ones. They share
+    their keys: all of the clean prefix [0, start), and their own under a small block mask. A long prefix is attended to
+    without a mask, and the two partial results are merged by their log-sum-exp. The G query heads of a key-value head
+    are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
+
+    Each sequence has chunks of its own (see :class:`_Chunk`); padding rows get 0 and no gradient.
+    """
+    if query.device.type != "cpu":
+        raise ValueError(f"chunked_attention runs on the CPU, the query is on {query.device}")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    return _ChunkedAttention.apply(query, key, value, layout, scale)
+
+
+def _chunk_rows(dtype: torch.dtype, group: int, kernel: Kernel) -> int:
+    """Noisy and clean rows that are taken at a time, of heads in groups of ``group``: as measured.
+
+    torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. In half
+    precision small tiles cost up to twice as much; in the others more rows only cost more pairs.
+    """
+    if dtype.itemsize > 2 or not kernel.splits_groups:
+        return 160
+    return max(192, -(-768 // group)) if group > 2 else 192
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys from the attention over each; weights stay in the lse's dtype."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = torch.exp(lse_a - lse)[..., None], torch.exp(lse_b - lse)[..., None]
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike. Or, in
+    a shard, one noisy block that begins at start = stop.
+
+    No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
+    either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
+
+    ``sequences``: int64 [n], rising. ``first_row``: place of its rows (sequence by sequence, noisy rows, then clean
+    ones) in the plan's order.
+    """
+
+    sequences: Tensor
+    document_start: int
+    start: int
+    stop: int
+    first_row: int
+    num_noisy_rows: int
+
+    @property
+    def joined(self) -> int:
+        """Tokens of the prefix that are taken with the chunk's own rows: all or none."""
+        prefix = self.start - self.document_start
+        return prefix if prefix <= JOINED_PREFIX else 0
+
+    @property
+    def has_long_prefix(self) -> bool:
+        return self.start - self.document_start > JOINED_PREFIX
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_noisy_rows + self.stop - self.start
+
+    def of(self, elements: Tensor, num_heads: int, *shape: int) -> Tensor:
+        """This chunk's n * num_heads * R elements of a tensor in the order of :meth:`_ChunkRows.elements`: a view."""
+        first, last = self.first_row * num_heads, (self.first_row + len(self.sequences) * self.num_rows) * num_heads
+        return elements[first:last].view(*shape, *elements.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkRows:
+    """Which rows of a tensor the chunks take, in which order.
+
+    ``rows`` int64 [rows in chunks]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``others`` int64: the rows in no
+    chunk.
+    """
+
+    chunks: list[_Chunk]
+    rows: Tensor
+    num_rows: int
+    others: Tensor
+    _elements: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def elements(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); and its
+        inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one."""
+        if num_heads not in self._elements:
+            heads = torch.arange(num_heads)[:, None]
+            of_chunks = self.rows.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
+            elements = torch.cat([
+                (rows.view(-1, 1, chunk.num_rows) * num_heads + heads).flatten()
+                for chunk, rows in zip(self.chunks, of_chunks, strict=True)
+            ])  # fmt: skip
+            inverse = torch.full((self.num_rows * num_heads,), elements.numel() - 1)
+            self._elements[num_heads] = elements, inverse.scatter_(0, elements, torch.arange(elements.numel()))
+        return self._elements[num_heads]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`."""
+        return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1])[0])
+
+    def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
+        """Inverse of :meth:`gather`, in Megatron's memory order; 0 on rows of no chunk."""
+        num_sequences, num_heads, num_rows, dim = like.shape
+        out = elements.index_select(0, self.elements(num_heads)[1]).view(self.num_rows, num_heads, dim)
+        if self.others.numel() > 0:
+            out.index_fill_(0, self.others, 0.0)
+        return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkPlan:
+    """How a micro-batch's rows fall into chunks: built once, used by all layers.
+
+    ``queries``: of the S rows, all but padding. ``keys``: of the N + L keys; the same but for a shard, whose chunks
+    hold only its own clean tokens (of the others they see prefixes). ``allowed``: the mask of each chunk against its
+    own rows, bool [n, R, R], or [1, R, R] where all n are equal.
+    """
+
+    chunks: list[_Chunk]
+    queries: _ChunkRows
+    keys: _ChunkRows
+    allowed: list[Tensor]
+    _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def calls(
+        self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel: Kernel
+    ) -> Iterator[tuple[_Chunk, Tensor, int]]:
+        """Each chunk, its additive mask [G / P * R, joined + R] (or [n * K, 1, G / P * R, joined + R]), and P, the
+        parts its groups are taken in."""
+        group = num_heads // num_kv_heads
+        # As few as give each thread a head, where that is wanted.
+        wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
+        num_threads = torch.get_num_threads() if kernel.splits_groups else 1
+        all_parts = [
+            next((x for x in wanted if x * num_kv_heads * len(chunk.sequences) >= num_threads), group)
+            for chunk in self.chunks
+        ]
+        dtype = kernel.mask_dtype(dtype)
+        key = (num_heads, num_kv_heads, num_threads, dtype)
+        if key not in self._masks:
+            self._masks[key] = [
+                _additive(allowed, chunk.joined, group // parts, num_kv_heads, dtype)
+                for chunk, allowed, parts in zip(self.chunks, self.allowed, all_parts, strict=True)
+            ]
+        yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
+
+
+@cached_by_layout
+@torch.inference_mode(False)
+def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int) -> _ChunkPlan:
+    """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
+    table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
+    length = layout.num_clean_rows
+    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
+    noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
+    document_starts = table.first_keys[:, num_noisy:]
+    ranges = layout.shard.ranges(layout.clean_length)
+    # A shard's noisy blocks need not stand for clean rows of it: each is a chunk without any.
+    is_shard = len(ranges) > 1
+
+    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
+    crossings = torch.zeros(num_sequences, length + 2, dtype=torch.int64)
+    num_copies = torch.zeros(num_sequences, length, dtype=torch.int64)
+    if not is_shard:
+        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
+        crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
+        num_copies.scatter_add_(1, noisy_places, is_noisy.long())
+    boundaries = crossings.cumsum(1)[:, : length + 1] == 0
+
+    # Chunks of several sequences that have the same shape are one: fewer and longer calls.
+    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (sequence, number of the chunk)
+    num_found = 0
+    chunk_of_row = torch.full(table.blocks.shape, -1)  # by that number; -1 for padding
+
+    def add(sequence: int, *shape: int) -> None:
+        nonlocal num_found
+        copy = 0  # of the same block in the same sequence: a chunk has one of each sequence
+        while (copy, *shape) in alike and alike[copy, *shape][-1][0] == sequence:
+            copy += 1
+        alike.setdefault((copy, *shape), []).append((sequence, num_found))
+        num_found += 1
+
+    for sequence in range(num_sequences):
+        copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
+        noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
+        of_noisy, of_clean = chunk_of_row[sequence].split([num_noisy, length])
+        first = 0  # number of the range's first clean row
+        for range_start, range_stop in ranges:
+            last = first + range_stop - range_start
+            begins_document = document_starts[sequence, first:last].numpy() == np.arange(range_start, range_stop)
+            ends = _chunk_ends(
+                boundaries[sequence, first : last + 1].numpy(),
+                begins_document,
+                noisy_before[first : last + 1],
+                chunk_rows,
+            )
+            for start, stop in zip([0, *ends], ends, strict=False):
+                num_noisy_rows = noisy_before[first + stop] - noisy_before[first + start]
+                of_clean[first + start : first + stop] = num_found
+                add(sequence, documents[first + start], range_start + start, range_start + stop, num_noisy_rows)
+            first = last
+        rows = is_noisy[sequence].nonzero().squeeze(1)
+        if is_shard:
+            _, members, sizes = table.blocks[sequence, rows].unique_consecutive(return_inverse=True, return_counts=True)
+            of_noisy[rows] = num_found + members
+            first_rows = rows[sizes.cumsum(0) - sizes]
+            starts, stops = (
+                table.first_keys[sequence, first_rows].tolist(),
+                table.end_keys[sequence, first_rows].tolist(),
+            )
+            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
+                add(sequence, document_start, start, start, size)
+        else:
+            of_noisy[rows] = of_clean[noisy_places[sequence, rows]]
+    chunks: list[_Chunk] = []
+    ranks = torch.empty(num_found, dtype=torch.int64)  # of (chunk, sequence) in the plan's order
+    first_row = num_ranked = 0
+    for (_, document_start, start, stop, num_noisy_rows), members_alike in alike.items():
+        sequences, numbers = torch.tensor(members_alike).unbind(1)
+        chunks.append(_Chunk(sequences, document_start, start, stop, first_row, num_noisy_rows))
+        first_row += len(members_alike) * chunks[-1].num_rows
+        ranks[numbers] = torch.arange(num_ranked, num_ranked + len(members_alike))
+        num_ranked += len(members_alike)
+
+    order = 2 * ranks[chunk_of_row]  # in a chunk noisy rows come first
+    order[:, num_noisy:] += 1
+    order.masked_fill_(chunk_of_row < 0, -1)
+    by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
+    sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
+    padding = order.t().flatten().eq(-1).nonzero().squeeze(1)
+    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, order.numel(), padding)
+    if is_shard:
+        key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
+        key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
+        is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
+        keys = _ChunkRows(chunks, key_rows, num_keys, is_other.nonzero().squeeze(1))
+    return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, layout.clean_length))
+
+
+def _chunk_ends(
+    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[int], chunk_rows: int
+) -> list[int]:
+    """Where one sequence's chunks end.
+
+    Args:
+        is_boundary: bool [L + 1], no noisy block goes on over this place.
+        begins_document: bool [L].
+        noisy_before: [L + 1], noisy rows that stand for an earlier clean token.
+        chunk_rows: rows of a chunk, at most, unless a block is longer.
+    """
+    length = len(begins_document)
+    boundaries = is_boundary.nonzero()[0].tolist()
+    rows_before = [place + noisy_before[place] for place in boundaries]
+    document_starts = [*begins_document.nonzero()[0].tolist(), length]
+    ends: list[int] = []
+    start = 0
+    while start < length:
+        last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
+        fits = bisect_right(rows_before, start + noisy_before[start] + chunk_rows)
+        end = boundaries[min(fits, bisect_right(boundaries, last)) - 1]
+        start = end if end > start else boundaries[bisect_right(boundaries, start)]
+        ends.append(start)
+    return ends
+
+
+def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor, clean_length: int) -> list[Tensor]:
+    """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk."""
+    blocks, first_keys, end_keys = (
+        x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
+    )
+    places = torch.arange(clean_length, dtype=torch.int32)
+    allowed: list[Tensor] = []
+    for chunk in chunks:
+        num_sequences, num_rows, num_noisy = len(chunk.sequences), chunk.num_rows, chunk.num_noisy_rows
+        block, first_key, end_key = (chunk.of(x, 1, num_sequences, num_rows) for x in (blocks, first_keys, end_keys))
+        pairs = torch.empty(num_sequences, num_rows, num_rows, dtype=torch.bool)
+        clean = places[chunk.start : chunk.stop]
+        torch.eq(block, block[:, :num_noisy].mT, out=pairs[..., :num_noisy])
+        torch.logical_and(first_key <= clean, clean < end_key, out=pairs[..., num_noisy:])
+        allowed.append(pairs[:1] if bool((pairs == pairs[:1]).all()) else pairs)
+    return allowed
+
+
+def _additive(allowed: Tensor, joined: int, num_folded: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, and for each of the joined tokens, else -inf; once for each head that is folded into rows;
+    [1, R, R] serves all heads."""
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf)
+    mask = F.pad(mask, (joined, 0)).repeat(1, num_folded, 1)
+    return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Key-value heads of all sequences stand where the kernel has its batch: [n * K, P, G / P * R, D], so that the P
+    parts of a group give every thread a head of its own.
+
+    The backward pass gives the kernel of each part the *merged* output and log-sum-exp: its probabilities are then
+    those of the whole row, and the partial gradients simply add up.
+    """
+
+    @staticmethod
+    @unredirected
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        kernel = kernel_for(query.dtype)
+        plan = _chunk_plan(layout, len(query), _chunk_rows(query.dtype, num_heads // num_kv_heads, kernel))
+        rows = plan.queries.gather(query)
+        keys, values = _Keys(plan, key, layout), _Keys(plan, value, layout)
+        out_rows = torch.empty_like(rows)
+        log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
+        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
+            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
+            of_chunk = chunk.of(rows, *fold)
+            own = keys.own(chunk, parts), values.own(chunk, parts)
+            part, part_lse = kernel.forward(of_chunk, *own, mask, scale)
+            if chunk.has_long_prefix:
+                prefix = kernel.forward(of_chunk, keys.prefix(chunk, parts), values.prefix(chunk, parts), None, scale)
+                part, part_lse = _merge(part, part_lse, *prefix)
+            chunk.of(out_rows, *fold).copy_(part)
+            chunk.of(log_sum_exp, *fold).copy_(part_lse)
+        out = plan.queries.scatter(out_rows, query)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        ctx.layout, ctx.plan, ctx.kernel, ctx.scale = layout, plan, kernel, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @unredirected
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sum_exp = ctx.saved_tensors
+        plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        rows, out_rows, grad_out_rows = (plan.queries.gather(x) for x in (query, out, grad_out))
+        keys, values = _Keys(plan, key, ctx.layout), _Keys(plan, value, ctx.layout)
+        grad_keys, grad_values = (_KeyGradients(x) for x in (keys, values))
+        grad_rows = torch.empty_like(rows)
+        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
+            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
+            of_chunk, *of_out = (chunk.of(x, *fold) for x in (rows, out_rows, log_sum_exp))
+            grad = chunk.of(grad_out_rows, *fold)
+            own = keys.own(chunk, parts), values.own(chunk, parts)
+            is_whole = not chunk.has_long_prefix
+            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_out, mask, scale, is_whole)
+            grad_keys.set_own(chunk, of_keys)
+            grad_values.set_own(chunk, of_values)
+            if chunk.has_long_prefix:
+                prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
+                more_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *prefix, *of_out, None, scale, is_whole)
+                of_rows = of_rows + more_rows
+                grad_keys.add_prefix(chunk, of_keys)
+                grad_values.add_prefix(chunk, of_values)
+            chunk.of(grad_rows, *fold).copy_(of_rows)
+        return plan.queries.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
+
+
+class _Keys:
+    """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0."""
+
+    def __init__(self, plan: _ChunkPlan, x: Tensor, layout: SequenceLayout) -> None:
+        self.plan = plan
+        self.num_heads = x.shape[1]
+        self.rows = plan.keys.gather(x)
+        self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
+
+    def own(self, chunk: _Chunk, parts: int) -> Tensor:
+        """[n * K, parts, joined + R, D]: the chunk's rows, behind the prefix if that is joined."""
+        num_sequences = len(chunk.sequences)
+        own = chunk.of(self.rows, self.num_heads, num_sequences * self.num_heads, 1, -1)
+        if chunk.joined:
+            own = torch.cat([self.prefix(chunk, 1), own], dim=2)
+        return own.expand(-1, parts, -1, -1)
+
+    def prefix(self, chunk: _Chunk, parts: int) -> Tensor:
+        """[n * K, parts, start - document_start, D]"""
+        clean = self.clean[:, :, chunk.document_start : chunk.start]
+        if len(chunk.sequences) < len(clean):
+            clean = clean.index_select(0, chunk.sequences)
+        return clean.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
+
+
+class _KeyGradients:
+    """Sums of what the chunks give to each key. A clean key collects a term from every later chunk of its document, at
+    least in fp32; from its own chunk a key has one, in the dtype of the kernel."""
+
+    def __init__(self, keys: _Keys) -> None:
+        self.keys = keys
+        self.rows = torch.empty_like(keys.rows)
+        self.clean = torch.zeros_like(keys.clean, dtype=_accumulation_dtype(keys.rows))
+
+    def set_own(self, chunk: _Chunk, grad: Tensor) -> None:
+        total, num_sequences = self._over_parts(grad), len(chunk.sequences)
+        own = chunk.of(self.rows, self.keys.num_heads, num_sequences * self.keys.num_heads, -1)
+        own.copy_(total[:, chunk.joined :])
+        if chunk.joined:
+            self._add(chunk, total[:, : chunk.joined])
+
+    def add_prefix(self, chunk: _Chunk, grad: Tensor) -> None:
+        self._add(chunk, self._over_parts(grad))
+
+    def _add(self, chunk: _Chunk, total: Tensor) -> None:
+        total = total.unflatten(0, (len(chunk.sequences), -1))
+        clean = self.clean[:, :, chunk.document_start : chunk.start]
+        if len(chunk.sequences) == len(clean):
+            clean += total
+        else:
+            clean.index_add_(0, chunk.sequences, total.to(clean.dtype))
+
+    def _over_parts(self, grad: Tensor) -> Tensor:
+        """[n * K, parts, keys, D] -> [n * K, keys, D]"""
+        return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.clean.dtype)
+
+    def total(self, like: Tensor) -> Tensor:
+        total = self.keys.plan.keys.scatter(self.rows, like)
+        clean = total[:, :, -self.clean.shape[2] :]
+        clean.copy_(clean + self.clean)
+        return total

@@ -1,0 +1,115 @@
+"""Attention of a few rows to a few keys, both ways, against the written-out softmax in double precision."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nld_train.model import cpu_kernels
+from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_bf16_instructions, kernel_for
+
+SCALE = 0.3
+KERNELS = {"flash": FLASH, "products": PRODUCTS}
+
+
+def inputs(b: int, parts: int, rows: int, keys: int, dim: int) -> list[Tensor]:
+    """Rows, keys, values (shared by the parts) and a gradient of the output, bf16."""
+    generator = torch.Generator().manual_seed(b + rows)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    key, value = (draw(b, 1, keys, dim).expand(-1, parts, -1, -1) for _ in range(2))
+    return [draw(b, parts, rows, dim), key, value, draw(b, parts, rows, dim)]
+
+
+def some_mask(b: int | None, rows: int, keys: int) -> Tensor:
+    """0 or -inf; every row sees its first key."""
+    shape = (rows, keys) if b is None else (b, 1, rows, keys)
+    hidden = torch.rand(shape, generator=torch.Generator().manual_seed(rows)) < 0.5
+    hidden[..., 0] = False
+    return torch.zeros(shape).masked_fill_(hidden, -math.inf)
+
+
+def written_out(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = SCALE * rows @ keys.mT + (0.0 if mask is None else mask.double())
+    return scores.softmax(-1) @ values, scores.logsumexp(-1)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Within what a rounding of the probabilities and of the result to bf16 brings."""
+    assert found.shape == expected.shape
+    assert (found.double() - expected).norm() <= 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("num_scores", [1 << 21, 1])  # all heads at once, and one by one
+@pytest.mark.parametrize("of_mask", ["none", "shared", "own"])
+@pytest.mark.parametrize(
+    ("b", "parts", "rows", "keys", "dim"), [(3, 2, 40, 70, 16), (2, 1, 1, 1, 8), (1, 3, 65, 9, 24)]
+)
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_values_and_gradients(
+    kernel: Kernel,
+    b: int,
+    parts: int,
+    rows: int,
+    keys: int,
+    dim: int,
+    of_mask: str,
+    num_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "_SCORES", num_scores)
+    mask = None if of_mask == "none" else some_mask(b if of_mask == "own" else None, rows, keys)
+    *given, grad = inputs(b, parts, rows, keys, dim)
+    exact = [x.double().clone().requires_grad_() for x in given]
+    expected, log_sum_exp = written_out(*exact, mask)
+    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+
+    of_kernel = None if mask is None else mask.to(kernel.mask_dtype(torch.bfloat16))
+    out, found_log_sum_exp = kernel.forward(*given, of_kernel, SCALE)
+    assert out.dtype is torch.bfloat16
+    assert_near(out, expected)
+    torch.testing.assert_close(found_log_sum_exp.double(), log_sum_exp, rtol=0, atol=1e-4)
+    grads = kernel.backward(grad, *given, out, found_log_sum_exp, of_kernel, SCALE, True)
+    largest = max(x.norm() for x in expected_grads)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        assert found.dtype is torch.bfloat16
+        assert (found.double() - wanted).norm() <= 6e-3 * max(wanted.norm(), 1e-2 * largest)
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_gradients_of_a_part_of_the_keys(kernel: Kernel) -> None:
+    """With the output and the log-sum-exp of all keys, the gradients of two parts are those of the whole."""
+    *given, grad = inputs(2, 2, 50, 60, 16)
+    rows, keys, values = given
+    exact = [x.double().clone().requires_grad_() for x in given]
+    expected, log_sum_exp = written_out(*exact, None)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    of_all = expected.detach().to(torch.bfloat16), log_sum_exp.detach().float()
+    parts = [
+        kernel.backward(grad, rows, keys[:, :, part], values[:, :, part], *of_all, None, SCALE, False)
+        for part in (slice(0, 25), slice(25, 60))
+    ]
+    assert_near(parts[0][0].double() + parts[1][0].double(), wanted[0])
+    for of_parts, of_whole in zip(zip(*parts, strict=True), wanted, strict=True):
+        if of_whole.shape != rows.shape:
+            assert_near(torch.cat(of_parts, dim=2), of_whole)
+
+
+def test_products_are_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
+    assert kernel_for(torch.bfloat16) is PRODUCTS
+    assert all(kernel_for(dtype) is FLASH for dtype in (torch.float16, torch.float32, torch.float64))
+    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
+    assert kernel_for(torch.bfloat16) is FLASH
+
+
+def test_scores_are_not_rounded_to_bf16() -> None:
+    """Operands are bf16 values: where a CPU reads them as bf16 nothing is lost, and sums are fp32."""
+    rows, keys, _, _ = inputs(1, 1, 64, 64, 64)
+    scores = cpu_kernels._scores(rows.float(), keys.float(), None, SCALE)
+    exact = SCALE * rows.double() @ keys.double().mT
+    assert (scores - exact).abs().max() < 1e-5
+    assert isinstance(has_bf16_instructions(), bool)
