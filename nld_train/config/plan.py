@@ -317,7 +317,7 @@ def step_time(config: Config, parallel: ParallelConfig, work: Workload, data_par
         (context - 1) / context * 2 * model.num_key_value_heads / tensor * model.head_dim * work.length * micro * size
     )
     passes = 2 + (1 if parallel.recompute_granularity is not Recompute.none else 0)
-    context_time = layers[slowest] * passes * gather / _bandwidth(config, tensor, context) / 2
+    context_time = layers[slowest] * passes * gather / ring_bandwidth(config, tensor, context) / 2
 
     busy = compute + tensor_time + context_time
     bubble = (pipeline - 1) / chunks * busy
@@ -333,7 +333,7 @@ def step_time(config: Config, parallel: ParallelConfig, work: Workload, data_par
     # Gradients are reduced under the last micro-batch's backward pass, weights gathered under the first one's forward.
     parameters = max(num_parameters(model, parallel, rank) for rank in range(pipeline))
     shards = data_parallel_size * context
-    bandwidth = _bandwidth(config, tensor, shards)
+    bandwidth = ring_bandwidth(config, tensor, shards)
     share = (shards - 1) / shards * parameters / bandwidth
     data_time = max(0.0, 4 * share - busy * 2 / 3) + max(0.0, size * share - busy / 3)
     optimizer = 30 * parameters / shards / (machine.hbm_gb_per_s * 1e9)
@@ -348,7 +348,7 @@ def step_time(config: Config, parallel: ParallelConfig, work: Workload, data_par
     )
 
 
-def _bandwidth(config: Config, tensor: int, group: int) -> float:
+def ring_bandwidth(config: Config, tensor: int, group: int) -> float:
     """Bytes per second that each of a group's ranks moves in a ring; they stand ``tensor`` ranks apart.
 
     Inside a node over NVLink. Across nodes the rings of all adapters run side by side: those of the group's ranks in

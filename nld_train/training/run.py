@@ -16,7 +16,6 @@ from nld_train.config.compose import EXIT_BAD_CONFIG, EXIT_FAILED, save_resolved
 from nld_train.config.schema import Config, ParallelConfig, Precision
 from nld_train.config.validate import notices
 from nld_train.errors import EXIT_RESTART, ConfigError
-from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_chunks
 from nld_train.platform.cpu import keep_freed_memory
@@ -277,6 +276,9 @@ def finish(config: Config, checkpoint: Path, callbacks: Callback, progress: Call
         export_checkpoint(checkpoint, out, overwrite=True, progress=lambda done, total: progress())
         callbacks.on_message(f"exported to {out}")
     if config.export.prompt is not None:
+        # Imports transformers, which takes a second of every start and is needed here alone.
+        from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
+
         model, tokenizer = load_export(out)
         for mode in DecodingMode:
             result = continue_prompt(

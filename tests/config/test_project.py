@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -138,3 +139,16 @@ def test_dependencies():
     assert "torch>=2.11,<2.14" in everything
     assert "megatron-core>=0.16.1,<0.20" in everything
     assert project["requires-python"] == ">=3.11"
+
+
+@pytest.mark.long
+def test_a_start_imports_nothing_that_only_its_end_needs() -> None:
+    """Of the packages that take seconds; what Megatron imports by itself is not ours to choose."""
+    program = (
+        "import sys, nld_train.training.run; print(*{name.partition('.')[0] for name in sys.modules} & "
+        "{'transformers', 'datasets', 'matplotlib', 'sklearn', 'pandas', 'lm_eval', 'peft'})"
+    )
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == []

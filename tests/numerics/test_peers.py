@@ -1,5 +1,8 @@
 """What the benchmark measures against computes the same loss and gradients as the engine's step."""
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from nld_train.model.head import select_weighted_rows
 from nld_train.objective.normalize import row_weights
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
+from nld_train.testing.benchmarks.comparison import Comparison, Work, check_equal
+from nld_train.testing.benchmarks.step import STEP_RECIPE, EngineStep, loader_batch
 from nld_train.testing.peers import PlainModel, PublicRecipeModel
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, tiny_recipe
@@ -60,3 +65,32 @@ def test_what_is_measured_against_takes_the_same_step(one_rank: RankPool) -> Non
             for name, expected in found["ours"].items():
                 error = ((found[peer][name] - expected).norm() / expected.norm()).item()
                 assert error < 1e-12, f"{peer}, {name}: {error:.1e}"
+
+
+def compared_engine_steps(topology: Topology, platform: Platform, spoils: bool) -> str:
+    """What the step suite compares: the message of the refusal, empty if there is none.
+
+    Args:
+        spoils: one weight of the public recipe's model is another.
+    """
+    shape, device = replace(tiny_model(), vocab_size=1200), platform.device
+    text = torch.randint(1000, shape.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
+    sample = loader_batch(text, STEP_RECIPE, torch.ones(2, 64, dtype=torch.bool))
+    public = PublicRecipeModel(shape, dtype=torch.float32, device=device, seed=1)
+    if spoils:
+        with torch.no_grad():
+            next(iter(public.decoder.layers)).mlp.linear_fc2.weight[0] *= 1.01
+    ours = build_model(shape, ParallelConfig(), dtype=torch.float32, device=device, seed=1)
+    steps = {"public recipe": EngineStep(public, device), "ours": EngineStep(ours, device)}
+    variants: dict[str, Work] = {name: partial(step, sample) for name, step in steps.items()}
+    try:
+        check_equal(Comparison(title="t", variants=variants, tolerance=1e-4))
+    except RuntimeError as error:
+        return str(error)
+    assert len(steps["ours"].gradients) == len(list(ours.parameters()))
+    return ""
+
+
+def test_the_step_suite_compares_gradients(one_rank: RankPool) -> None:
+    assert one_rank.run(compared_engine_steps, False) == ""
+    assert "is not worth timing" in one_rank.run(compared_engine_steps, True)

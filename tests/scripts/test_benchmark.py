@@ -1,19 +1,21 @@
 """The benchmark's harness: wrong results are not timed, ratios and files say what was measured."""
 
-import json
 import mmap
 import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nld_train.testing.benchmarks.comparison import Comparison, machine, run_comparison, write_json
+from nld_train.errors import DataError
+from nld_train.testing.benchmarks.comparison import Comparison, Row, cpu_seconds, run_comparison, seconds
 from nld_train.testing.benchmarks.conversion import anonymous_bytes
+from nld_train.testing.benchmarks.results import machine, performance_page, read_results, store_results, stored_file
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -63,23 +65,116 @@ def test_a_variant_with_another_result_is_not_timed(wrong: float):
         run_comparison("s", comparison, rounds=1, warmup=0)
 
 
-def test_results_are_stored_with_the_machine(tmp_path: Path):
-    comparison = Comparison(title="t", variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
-    rows = run_comparison("s", comparison, rounds=2, warmup=0)
-    path = tmp_path / "new" / "result.json"
-    write_json(path, machine(False), rows)
-    stored = json.loads(path.read_text())
-    assert stored["machine"]["torch"] == torch.__version__
-    assert [(row["variant"], row["ratio"], row["rounds"]) for row in stored["rows"]] == [("a", 1.0, 2)]
-    assert stored["rows"][0]["median"] > 0
+def test_results_in_one_buffer_are_compared_before_they_are_written_over():
+    buffer = torch.ones(3)
+    comparison = Comparison(
+        title="shared",
+        variants={"right": lambda: [buffer.fill_(1.0)], "wrong": lambda: [buffer.fill_(2.0)]},
+        tolerance=1e-2,
+        measure=scripted_measure({}),
+    )
+    with pytest.raises(RuntimeError, match="shared: result 0 of 'wrong'"):
+        run_comparison("s", comparison, rounds=1, warmup=0)
+
+
+def test_cpu_time_does_not_count_waiting():
+    def work() -> list[torch.Tensor]:
+        time.sleep(0.2)
+        return []
+
+    assert seconds(work) >= 0.2
+    assert cpu_seconds(work) < 0.1
+
+
+def row(title: str, ratio: float, *, variant: str = "a", required: float | None = None) -> Row:
+    return Row(
+        suite="s", title=title, variant=variant, unit="ms", median=2.0, quartiles=(1.0, 3.0), ratio=ratio,
+        ratio_quartiles=(ratio, ratio), required=required, rounds=3, modelled=None,
+    )  # fmt: skip
+
+
+def test_results_are_stored_with_the_machine_and_replaced_by_title(tmp_path: Path):
+    path, today = tmp_path / "new" / "result.json", machine(False)
+    store_results(path, today, [row("first", 1.0), row("first", 2.0, variant="b")])
+    store_results(path, today, [row("second", 3.0)])
+    (stored,) = read_results(path)
+    assert stored.machine == today
+    assert stored.machine["torch"] == torch.__version__
+    assert stored.rows == [row("first", 1.0), row("first", 2.0, variant="b"), row("second", 3.0)]
+    later = {**today, "date": "later"}
+    store_results(path, later, [row("first", 4.0)])
+    old, new = read_results(path)
+    assert (old.machine, old.rows) == (today, [row("second", 3.0)])
+    assert (new.machine, new.rows) == (later, [row("first", 4.0)])
+    store_results(path, later, [row("second", 5.0)])
+    assert [item.machine["date"] for item in read_results(path)] == ["later"]
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"rows": []}', '{"measurements": [{"machine": {}, "rows": [{"suite": 1}]}]}']
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: str):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"result\.json: no results of the benchmark"):
+        read_results(path)
+
+
+def test_each_kind_of_gpu_has_a_file_of_its_own():
+    assert stored_file("step", {}).name == "step.json"
+    assert stored_file("step", {"gpu": "NVIDIA H100 80GB HBM3"}).name == "step-nvidia-h100-80gb-hbm3.json"
+
+
+def test_the_page_says_what_is_missed_and_where_it_was_measured(tmp_path: Path):
+    description = {**machine(False), "commit": "abc1234", "gpu": "H200", "cuda": "13.0"}
+    store_results(tmp_path / "s.json", description, [row("t", 1.0), row("t", 1.5, variant="b", required=1.6)])
+    (tmp_path / "by_hand.md").write_text("## By hand\n\n42\n")
+    page = performance_page(tmp_path, {"s": "What s is.", "other": "What other is."})
+    assert "Of 1 ratios that are asked for, 0 are reached" in page
+    assert "- s: t: b 1.50 for 1.60\n" in page
+    assert "*H200, CUDA 13.0; " in page
+    assert "commit abc1234; 3 rounds.*" in page
+    assert "|  | b | 2.00 ms [1.00, 3.00] | 1.50 [1.50, 1.50] | 1.60: **missed** |" in page
+    assert page.index("What s is.") < page.index("What other is.") < page.index("Not measured yet.") < page.index("42")
+    with pytest.raises(DataError, match="results of a suite 's'"):
+        performance_page(tmp_path, {"other": ""})
+
+
+def test_the_pages_are_what_the_stored_results_give(benchmark: dict[str, Any]):
+    for path, text in benchmark["pages"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run scripts/benchmark.py --write-docs"
+
+
+def test_single_comparisons_are_measured_again(
+    benchmark: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def suite(_device: torch.device) -> Any:
+        for title in ("joint, bf16", "AR, bf16"):
+            yield Comparison(title=title, variants={"a": lambda: [torch.ones(1)]}, tolerance=0.0)
+
+    monkeypatch.setitem(benchmark["SUITES"], "fake", suite)
+    arguments = ["fake", "--rounds", "1", "--json", str(tmp_path / "r.json"), "--device", "cpu"]
+    assert benchmark["main"](arguments) == 0
+    (before,) = read_results(tmp_path / "r.json")
+    assert benchmark["main"]([*arguments, "--only", "^AR"]) == 0
+    rows = [stored for item in read_results(tmp_path / "r.json") for stored in item.rows]
+    assert [stored.title for stored in rows] == ["joint, bf16", "AR, bf16"]
+    assert rows[0] == before.rows[0]
+    assert rows[1] != before.rows[1]
+    assert [stored.unit for stored in rows] == ["ms", "ms"]
+    assert benchmark["main"]([*arguments, "--only", "^AR", "--cpu-time"]) == 0
+    assert [stored.unit for item in read_results(tmp_path / "r.json") for stored in item.rows] == ["ms", "CPU ms"]
+    capsys.readouterr()
+    assert benchmark["main"]([*arguments, "--only", "diffusion"]) == 2
+    assert "--only diffusion: it is found in none of\n  joint, bf16\n  AR, bf16" in capsys.readouterr().err
 
 
 def test_unknown_suites_are_refused_by_name(benchmark: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_info:
         benchmark["main"](["atention"])
     assert exit_info.value.code == 2
-    assert "no suite 'atention': choose of attention" in capsys.readouterr().err
+    assert "no suite 'atention': choose of step, memory" in capsys.readouterr().err
 
 
 @pytest.mark.benchmark

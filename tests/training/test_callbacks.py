@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -300,6 +301,15 @@ def test_plain_lines_come_at_growing_intervals(tmp_path: Path, at: float, pause:
         display.on_step(_step(step))
         shown.append(bool(out.getvalue()))
     assert shown == [False, True]
+
+
+def test_the_first_step_of_a_start_says_how_long_it_took(tmp_path: Path) -> None:
+    display, out = _display(tmp_path, terminal=False, now=_Clock())
+    _play(display, _info(tmp_path, start_step=4), 10)
+    (line,) = [line for line in out.getvalue().splitlines() if "process began" in line]
+    words = line.split()
+    assert " ".join(words[:4] + words[5:]) == "step 5 was done s after the process began"
+    assert float(words[4]) == pytest.approx(time.time() - psutil.Process().create_time(), abs=5)
 
 
 def test_resume_appends_to_the_log_and_says_so(tmp_path: Path) -> None:

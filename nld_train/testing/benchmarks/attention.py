@@ -37,7 +37,8 @@ def attention_inputs(
 
 
 def attention_suite(device: torch.device) -> Iterator[Comparison]:
-    """Forward and backward of the attention alone, joint (doubled sequence) and AR (causal), in Megatron's order."""
+    """Forward and backward of the attention alone on tensors in Megatron's order: joint (the doubled sequence) against
+    torch's kernel under the dense mask, AR against torch's causal kernel with repeated keys and values."""
     fast = resolve_backend(AttentionBackend.auto, device)
     shapes = [  # L, batch, query heads, key-value heads, head dimension
         (512, 4, 4, 1, 64),

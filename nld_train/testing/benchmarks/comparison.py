@@ -1,20 +1,16 @@
 """How one thing is measured against another: variants of one computation in interleaved rounds."""
 
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Work = Callable[[], Sequence[Tensor]]
-"""Does the computation once and returns its results (values and gradients)."""
+"""Does the computation once and returns its results (values and gradients). They may be views of buffers that the same
+work fills again: whoever keeps them copies them, outside of what is timed."""
 
 
 def seconds(work: Work) -> float:
@@ -28,6 +24,14 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds(work: Work) -> float:
+    """CPU time of one run, all threads of this process together: what other programs on the machine take is not in it,
+    and neither is what threads lose that wait for each other asleep."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 @dataclass(slots=True, kw_only=True)
 class Comparison:
     """Variants of one computation.
@@ -37,6 +41,7 @@ class Comparison:
         variants: name -> work; the first is the baseline.
         tolerance: largest relative distance, per returned tensor, from the baseline's result.
         required: variant -> smallest acceptable ratio to the baseline; others are only reported.
+        modelled: variant -> the ratio that counting operations gives.
         measure: the quantity, smaller is better.
         unit: of the printed quantity.
         unit_scale: factor from what ``measure`` returns to ``unit``.
@@ -46,6 +51,7 @@ class Comparison:
     variants: dict[str, Work]
     tolerance: float
     required: dict[str, float] = field(default_factory=dict)
+    modelled: dict[str, float] = field(default_factory=dict)
     measure: Callable[[Work], float] = seconds
     unit: str = "ms"
     unit_scale: float = 1e3
@@ -68,6 +74,7 @@ class Row:
     ratio_quartiles: tuple[float, float]
     required: float | None
     rounds: int
+    modelled: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -101,6 +108,7 @@ def run_comparison(suite: str, comparison: Comparison, rounds: int, warmup: int)
                 ratio_quartiles=quartiles(ratios),
                 required=comparison.required.get(name),
                 rounds=rounds,
+                modelled=comparison.modelled.get(name),
             )
         )
     return rows
@@ -109,7 +117,8 @@ def run_comparison(suite: str, comparison: Comparison, rounds: int, warmup: int)
 def check_equal(comparison: Comparison) -> None:
     """Raise where a variant's result is further than the tolerance from the baseline's."""
     names = list(comparison.variants)
-    expected = comparison.variants[names[0]]()
+    # Copied, since the next variant may fill the same buffers.
+    expected = [result.clone() for result in comparison.variants[names[0]]()]
     for name in names[1:]:
         actual = comparison.variants[name]()
         for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
@@ -128,36 +137,6 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def machine(keeps_memory: bool) -> dict[str, str | int]:
-    """What the numbers depend on besides the code."""
-    description: dict[str, str | int] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
-        "threads": torch.get_num_threads(),
-        "load_average": f"{os.getloadavg()[0]:.1f}",
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "as it was set"),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "allocator": "keeps freed memory" if keeps_memory else os.environ.get("LD_PRELOAD", "as it was set"),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        description["gpu"] = torch.cuda.get_device_name()
-        description["cuda"] = str(torch.version.cuda)
-    return description
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def print_rows(rows: list[Row]) -> None:
     """One table per comparison, as soon as it is measured."""
     print(f"\n{rows[0].suite}: {rows[0].title}")
@@ -166,15 +145,10 @@ def print_rows(rows: list[Row]) -> None:
         verdict = ""
         if row.required is not None:
             verdict = f"  required {row.required:.2f}: {'yes' if row.passed else 'NO'}"
+        if row.modelled is not None:
+            verdict = f"  modelled {row.modelled:.2f}{verdict}"
         print(
             f"  {row.variant:<24} {row.median:>9.2f} {row.unit} [{low:.2f}, {high:.2f}]"
             f"   x {row.ratio:.2f} [{row.ratio_quartiles[0]:.2f}, {row.ratio_quartiles[1]:.2f}]{verdict}",
             flush=True,
         )
-
-
-def write_json(path: Path, description: dict[str, str | int], rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"machine": description, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    temporary.replace(path)

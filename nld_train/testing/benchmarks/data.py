@@ -34,8 +34,9 @@ TOKENS_PER_SECOND = 2e6  # that one loader worker has to reach
 
 
 def data_suite(_device: torch.device) -> Iterator[Comparison]:
-    """What one loader worker needs for a token, in this process, against what it may: samples of the default corpora
-    read, noised and packed for the pipe; with the doubled sequence laid out, which is the trainer's work, too."""
+    """What one loader worker needs for a token, in this process, against the 500 ns that it may take (2M tokens a
+    second): samples of the default corpora read, noised and packed for the pipe; *laid out* adds the doubled sequence,
+    which is the trainer's work."""
     from nld_train.config.compose import compose
     from nld_train.data.loader import _MicroBatches, _Packed, _unpack
     from nld_train.training.data import prepare_blends, training_samples
@@ -126,7 +127,8 @@ def prepare_suite(device: torch.device, *, megabytes: int = 100) -> Iterator[Com
 
         def prepare() -> Sequence[Tensor]:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")), "prepare", str(folder / "out")]
+            script = Path(__file__).parents[3] / "scripts" / "prepare_data.py"
+            command = [sys.executable, str(script), "prepare", str(folder / "out")]
             command += ["--input", str(folder / "texts.jsonl"), "--tokenizer", str(folder / "tokenizer")]
             command += ["--workers", str(workers), "--shard-mb", str(megabytes / (4 * workers))]
             subprocess.run(command, check=True, capture_output=True)

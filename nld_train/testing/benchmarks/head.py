@@ -43,7 +43,9 @@ def head_step(_source: Path, out: Path, *, is_fused: bool, dtype: torch.dtype) -
 
 
 def head_suite(device: torch.device) -> Iterator[Comparison]:
-    """Peak anonymous memory of the head's forward and backward, against full logits and autograd, on the CPU."""
+    """Peak anonymous memory (`RssAnon`, polled every 5 ms) of the head's forward and backward, against full logits and
+    autograd, each in a process of its own, on the CPU. Everything counts: Python and torch, the weight, and Megatron's
+    fp32 gradient buffer, which both have."""
     if device.type != "cpu":
         raise SystemExit("the head suite reads the memory of processes: use --device cpu")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

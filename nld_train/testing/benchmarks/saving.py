@@ -50,7 +50,9 @@ class Save:
 
 
 def checkpoint_suite(device: torch.device) -> Iterator[Comparison]:
-    """How long the training waits for a save: until everything is on disk, or until the state is copied."""
+    """How long the training waits for a save of one rank with 84M bf16 parameters and their optimizer state, with and
+    without `checkpoint.asynchronous`: until everything is on disk, or until the state is copied. What it waits for at
+    both ends counts: the copy, and later the common files, syncs and the rename."""
     model = ModelConfig(
         num_layers=3, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=8, num_key_value_heads=8,
         head_dim=128, vocab_size=16384,

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -164,6 +165,7 @@ class ConsoleDisplay(Callback):
         self._stage: StageInfo | None = None
         self._time_left: TimeLeft | None = None
         self._last_step = 0
+        self._has_stepped = False
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -251,6 +253,10 @@ class ConsoleDisplay(Callback):
             self._write_log(line)
             if self._live is None:
                 self._show(line)
+        if not self._has_stepped:
+            self._has_stepped = True
+            seconds = time.time() - psutil.Process().create_time()  # imports count
+            self._say(f"step {step} was done {seconds:.1f} s after the process began", style="dim")
         if self._live is not None and (is_last or now - self._refresh_time >= self.MIN_REFRESH_SECONDS):
             self._refresh_time = now
             self._advance(step)
