@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import product
 
 from nld_train.config.rules import at_least, divisors, multiple_of, nearest
-from nld_train.config.schema import Config, DocumentMask
+from nld_train.config.schema import FP8_MULTIPLE, Config, DocumentMask, Precision
 from nld_train.errors import Problem
 
 
@@ -29,6 +29,7 @@ def parallel_problems(config: Config, world_size: int | None) -> Iterable[Proble
             f"(what works for this model: {_listing(_tensor_sizes(config))})",
         )
     yield from _sequence_parallel(config)
+    yield from _fp8(config)
     yield from _pipeline(config, working_pipeline)
     if config.parallel.overlap_param_gather and config.parallel.overlap_grad_reduce is False:
         yield Problem(
@@ -78,6 +79,42 @@ def _sequence_parallel(config: Config) -> Iterable[Problem]:
                 "(parallel.sequence_parallel=true)",
                 f"use {key}={multiple_of(length, unit)}, or parallel.sequence_parallel=false",
             )
+
+
+def _fp8(config: Config) -> Iterable[Problem]:
+    """Whether each side of each rank's matrices is a multiple of what FP8 products take; noisy rows and those of the
+    last layer are padded."""
+    parallel, model = config.parallel, config.model
+    tensor, context = max(1, parallel.tensor_model_parallel_size), max(1, parallel.context_parallel_size)
+    if config.train.precision is not Precision.fp8:
+        return
+    shares = context * (tensor if parallel.sequence_parallel else 1)
+    rows = [(key, length, FP8_MULTIPLE * shares) for key, length in sequence_lengths(config).items()]
+    widths = [("model.hidden_size", model.hidden_size, FP8_MULTIPLE)]
+    widths += [("model.ffn_hidden_size", model.ffn_hidden_size, FP8_MULTIPLE * tensor)]
+    for key, size, unit in (*rows, *widths):
+        if size >= 1 and size % unit:
+            ranks = f" ({unit // FP8_MULTIPLE} ranks share it)" if unit > FP8_MULTIPLE else ""
+            yield Problem(
+                key,
+                f"{size} is no multiple of {unit}, as train.precision=fp8 needs{ranks}",
+                f"use {key}={multiple_of(size, unit)}, or train.precision=bf16",
+            )
+    heads = (("queries", model.num_attention_heads), ("queries, keys and values", _num_heads(config)))
+    for what, count in heads:
+        width = count * model.head_dim // tensor
+        if count >= 1 and model.head_dim >= 1 and width % FP8_MULTIPLE:
+            yield Problem(
+                "model.head_dim",
+                f"{model.head_dim}: a tensor-parallel rank's {what} are {width} wide, no multiple of {FP8_MULTIPLE}, "
+                "as train.precision=fp8 needs",
+                f"use model.head_dim={multiple_of(model.head_dim, FP8_MULTIPLE)}, or train.precision=bf16",
+            )
+            return
+
+
+def _num_heads(config: Config) -> int:
+    return config.model.num_attention_heads + 2 * config.model.num_key_value_heads
 
 
 def _pipeline(config: Config, working_size: int) -> Iterable[Problem]:

@@ -28,7 +28,7 @@ PARTS = {
     "pipeline": "tensors between stages that wait for their backward pass",
     "workspace": "for a moment: a chunk of logits, or gradients inside a layer",
 }
-_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
+_BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
 _HEAD_CHUNK_ROWS = 512  # model.head on CUDA
 _HEAD_PRODUCT_ROWS = 8192
 
@@ -189,7 +189,8 @@ def _rank_memory(
         bytes_of=dict.fromkeys(PARTS, 0)
         | activations
         | {
-            "parameters": size * parameters,
+            # In FP8 also a copy of each layer's matrices as they are and one transposed (embedding and head: none).
+            "parameters": (size + (2 if precision is Precision.fp8 else 0)) * parameters,
             "gradients": 4 * parameters,
             # fp32 weights are their own main weights.
             "optimizer": (8 if precision is Precision.fp32 else 12) * parameters // optimizer_shards,

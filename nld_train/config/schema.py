@@ -13,10 +13,19 @@ from omegaconf import MISSING
 
 
 class Precision(Enum):
-    """Arithmetic of parameters and activations. bf16 keeps fp32 main parameters in the optimizer."""
+    """Arithmetic of parameters and activations. bf16 keeps fp32 main parameters in the optimizer.
+
+    ``fp8`` is bf16 whose layers' matrix products read FP8 (``model.layer_spec=transformer_engine``); attention, head,
+    norms, parameters and gradients stay as they are in bf16.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp8 = "fp8"
+
+
+FP8_MULTIPLE = 16
+"""Rows and widths of an FP8 matrix product are multiples of it (16 bytes, by which the kernels read)."""
 
 
 class Device(Enum):
@@ -38,6 +47,17 @@ class AttentionBackend(Enum):
     dense = "dense"
     chunked = "chunked"
     flex = "flex"
+
+
+class LayerSpec(Enum):
+    """Whose linear layers and norms a decoder layer is made of; parameters and checkpoints are the same.
+
+    ``local``: Megatron-Core's linear layers and this project's norm. ``transformer_engine``: those of NVIDIA's
+    Transformer Engine, and its FlashAttention in AR stages.
+    """
+
+    local = "local"
+    transformer_engine = "transformer_engine"
 
 
 class Sampler(Enum):
@@ -147,6 +167,7 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU, chunked on the CPU
+    layer_spec: LayerSpec = LayerSpec.local  # transformer_engine: its kernels, on a GPU; not yet measured there
 
 
 @dataclass(slots=True, kw_only=True)
@@ -189,7 +210,7 @@ class DataConfig:
 class TrainConfig:
     global_batch_size: int = 512  # sequences
     micro_batch_size: int = 1  # sequences per rank and forward pass
-    precision: Precision = Precision.bf16  # of parameters and activations
+    precision: Precision = Precision.bf16  # of parameters and activations; fp8: of layer products
     device: Device = Device.auto  # auto: CUDA where a GPU is visible
     log_interval: int = 1  # steps
     validation_interval: int = 100  # steps; also at the first and the last step of every stage

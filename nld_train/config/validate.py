@@ -21,8 +21,10 @@ from nld_train.config.schema import (
     Config,
     Device,
     DocumentMask,
+    LayerSpec,
     Normalization,
     ParallelConfig,
+    Precision,
     Sampler,
     Stratify,
 )
@@ -121,6 +123,27 @@ def _model(config: Config) -> Iterable[Problem]:
             "model.attention_backend",
             "flex has no backward pass on a CPU (train.device=cpu)",
             "use model.attention_backend=chunked, or auto",
+        )
+    yield from _transformer_engine(config)
+
+
+def _transformer_engine(config: Config) -> Iterable[Problem]:
+    """Whether it is installed is for :mod:`nld_train.platform.device` to say."""
+    train, key = config.train, "model.layer_spec"
+    if config.model.layer_spec is LayerSpec.transformer_engine:
+        if train.device is Device.cpu:
+            yield Problem(key, "transformer_engine needs a GPU (train.device=cpu)", f"use {key}=local")
+        if train.precision is Precision.fp32:
+            yield Problem(
+                key,
+                "transformer_engine multiplies fp32 matrices as TF32, which has 11 bits (train.precision=fp32)",
+                f"use {key}=local, or train.precision=bf16",
+            )
+    elif train.precision is Precision.fp8:
+        yield Problem(
+            "train.precision",
+            f"fp8, but {key}={config.model.layer_spec.value} has no FP8 products",
+            f"use {key}=transformer_engine, or train.precision=bf16",
         )
 
 

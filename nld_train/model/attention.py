@@ -10,6 +10,7 @@ heads, K key-value heads, G = H / K query heads per key-value head, D head dimen
 but in a shard, where clean rows are fewer.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -124,6 +125,8 @@ class JointAttention(MegatronModule):
             because the layout says what the mask is.
         rotary: shared by all layers.
         backend: may be ``auto``; resolved by the device of the queries.
+        causal: (query [S, B, H, D], key and value [S, B, K, D]) -> [S, B, H * D], a kernel of another library in place
+            of the backend's where the mask is the plain causal one; None: the backend's.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class JointAttention(MegatronModule):
         *,
         rotary: RotaryEmbedding,
         backend: AttentionBackend,
+        causal: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -148,6 +152,7 @@ class JointAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.rotary = rotary
         self.backend = backend
+        self.causal = causal
 
     def forward(
         self,
@@ -189,6 +194,8 @@ class JointAttention(MegatronModule):
             raise TypeError("JointAttention does not take packed_seq_params: sequences have one length")
         backend = resolve_backend(self.backend, query.device)
         query, key = self.rotary.apply(query, key, layout)
+        if self.causal is not None and layout.table is None and not layout.has_noisy_half:
+            return self.causal(query, key, value)
         query = query.permute(1, 2, 0, 3)
         if layout.shard.size == 1:
             key, value = (x.permute(1, 2, 0, 3) for x in (key, value))

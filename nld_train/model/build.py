@@ -6,26 +6,71 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfig, Recompute
+from nld_train.config.schema import (
+    FP8_MULTIPLE,
+    AttentionBackend,
+    LayerSpec,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+)
 from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
-from nld_train.model.layer_spec import DecoderAttention, DecoderRows, decoder_layer_spec, decoder_spec
+from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules, decoder_layer_spec, decoder_spec
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import SequenceLayout
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def row_multiple(parallel: ParallelConfig, precision: Precision = Precision.bf16) -> int:
+    """What the number of rows must be a multiple of: tensor-parallel ranks share them equally, and FP8 products take a
+    rank's share in units of :data:`~nld_train.config.schema.FP8_MULTIPLE`."""
+    return _row_multiple(parallel.tensor_model_parallel_size, parallel.sequence_parallel, precision is Precision.fp8)
+
+
+def row_multiple_of(config: TransformerConfig) -> int:
+    """:func:`row_multiple` of a model that has been built."""
+    return _row_multiple(config.tensor_model_parallel_size, config.sequence_parallel, config.fp8 is not None)
+
+
+def _row_multiple(tensor_parallel_size: int, shares_rows: bool, is_fp8: bool) -> int:
+    return (tensor_parallel_size if shares_rows else 1) * (FP8_MULTIPLE if is_fp8 else 1)
+
+
+def fuses_gradients(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Apex' kernel adds the gradients of Megatron's own linear layers to ``main_grad`` inside the matrix product.
+    (Transformer Engine's layers do so by themselves, and the head has a way of its own.)"""
+    is_there: bool = megatron_layers._grad_accum_fusion_available  # Megatron has imported it
+    return is_there and device.type == "cuda" and dtype is not torch.float64 and model.layer_spec is LayerSpec.local
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    is_fp8: bool = False,
+    gradient_accumulation_fusion: bool = False,
+) -> TransformerConfig:
     """Megatron's configuration of a Ministral3-shaped decoder.
 
     Args:
         dtype: of parameters and activations: bfloat16, float32, or float64 (float64 for verification only: Megatron's
             optimizer does not take it).
+        is_fp8: the layers' matrix products read FP8 (with Transformer Engine's layers).
+        gradient_accumulation_fusion: see :func:`fuses_gradients`; every parameter must then have a ``main_grad``.
     """
+    fp8: dict[str, Any] = {}
+    if is_fp8:
+        from nld_train.model.transformer_engine import FP8_RECIPE
+
+        fp8 = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPE}  # e4m3, and e5m2 for gradients
     recompute: dict[str, Any] = {}
     if parallel.recompute_granularity is Recompute.selective:
         # Norms and SwiGLU keep their inputs alone in any case.
@@ -68,8 +113,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         **recompute,
+        **fp8,
         # These name CUDA extensions of Apex; without them Megatron raises when it builds a layer.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
@@ -96,13 +142,23 @@ class NLDModel(GPTModel):
     ) -> None:
         pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        modules, causal = LocalModules(), None
+        if model.layer_spec is LayerSpec.transformer_engine:
+            from nld_train.model import transformer_engine
+
+            modules, causal = transformer_engine.TransformerEngineModules(), transformer_engine.causal_attention(config)
         attention = ModuleSpec(
             module=DecoderAttention,
-            params={"rotary": RotaryEmbedding(model.rope, model.head_dim), "backend": backend},
+            params={
+                "rotary": RotaryEmbedding(model.rope, model.head_dim),
+                "backend": backend,
+                "causal": causal,
+            },
         )
+        layers = decoder_layer_spec(attention, modules)
         super().__init__(
             config,
-            decoder_spec(decoder_layer_spec(attention), get_num_layers_to_build(config, vp_stage)),  # type: ignore[arg-type]
+            decoder_spec(layers, get_num_layers_to_build(config, vp_stage), modules),  # type: ignore[arg-type]
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,
@@ -133,13 +189,15 @@ class NLDModel(GPTModel):
         rows = None
         if selected is not None and self.post_process:
             rows = selected.rows
-            if self.config.sequence_parallel:
-                rows = padded_to_shares(rows, self.config.tensor_model_parallel_size)
+            if (multiple := row_multiple_of(self.config)) > 1:
+                rows = padded_to_shares(rows, multiple)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, attention_bias=DecoderRows(layout=layout, selected=rows)
         )
         if not self.post_process:
             return hidden
+        if selected is not None and not self.config.sequence_parallel and len(hidden) > len(selected.rows):
+            hidden = hidden[: len(selected.rows)]  # with sequence parallelism the head does so, after it has gathered
         return self.output_layer(hidden, selected)
 
 
@@ -197,15 +255,30 @@ def initialize_weights(model: NLDModel, *, seed: int, std: float) -> None:
 
 
 def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, device: torch.device, seed: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    is_fp8: bool = False,
 ) -> list[NLDModel]:
     """This rank's part of the model, on ``device``, with weights drawn from ``seed``.
+
+    Args:
+        is_fp8: see :func:`transformer_config`.
 
     Returns:
         one chunk, or with interleaved pipeline stages as many as are configured, in the order of their layers. They
         share one TransformerConfig, which Megatron's schedule reads.
     """
-    config = transformer_config(model, parallel, dtype)
+    config = transformer_config(
+        model,
+        parallel,
+        dtype,
+        is_fp8=is_fp8,
+        gradient_accumulation_fusion=fuses_gradients(model, dtype, device),
+    )
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if num_chunks is None else range(num_chunks)
     chunks = [NLDModel(config, model, model.attention_backend, vp_stage=stage).to(device) for stage in stages]

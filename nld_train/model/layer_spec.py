@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -100,44 +99,52 @@ class DecoderLayer(TransformerLayer):
         return gather_rows(whole, rows.chunk(group.size())[group.rank()])
 
 
-def decoder_layer_spec(core_attention: ModuleSpec) -> ModuleSpec:
+class LocalModules(LocalSpecProvider):
+    """Megatron's own linear layers and our norm; nothing of them is fused, so that each parameter has its name."""
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
+        return RMSNorm
+
+
+def decoder_layer_spec(core_attention: ModuleSpec, modules: LocalModules) -> ModuleSpec:
     """One pre-norm layer: RMSNorm, grouped-query attention, RMSNorm, SwiGLU.
 
     Args:
         core_attention: the module between the qkv and the output projection, a :class:`DecoderAttention`.
+        modules: whose linear layers and norms.
     """
     return ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=modules.layer_norm(),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 # The block mask is ours; Megatron must not build one of its own.
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=modules.column_parallel_linear(),
                     core_attention=core_attention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=modules.row_parallel_linear(),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=Residual,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=_gated_mlp_spec(),
+            pre_mlp_layernorm=modules.layer_norm(),
+            mlp=_gated_mlp_spec(modules),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _gated_mlp_spec() -> Any:
+def _gated_mlp_spec(modules: LocalModules) -> Any:
     """Megatron's own entry, whose form differs between releases, with our module."""
-    entry: Any = get_mlp_module_spec_for_backend(LocalSpecProvider())
+    entry: Any = get_mlp_module_spec_for_backend(modules)
     if isinstance(entry, ModuleSpec):
         return ModuleSpec(module=GatedMLP, submodules=entry.submodules)
     return partial(GatedMLP.as_mlp_submodule, **entry.keywords)
 
 
-def decoder_spec(layer_spec: ModuleSpec, num_layers_here: int) -> TransformerBlockSubmodules:
+def decoder_spec(layer_spec: ModuleSpec, num_layers_here: int, modules: LocalModules) -> TransformerBlockSubmodules:
     """All layers of one pipeline stage and the final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers_here, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers_here, layer_norm=modules.layer_norm())

@@ -82,7 +82,8 @@ class RotaryEmbedding:
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         periods = torch.floor(positions / self.config.original_max_position_embeddings)
         query_scale = 1 + self.config.llama_4_scaling_beta * torch.log(1 + periods)
-        is_one = bool((query_scale == 1).all())
+        # Told from the configuration: on a GPU the host would wait for the numbers.
+        is_one = self.config.llama_4_scaling_beta == 0 or length <= self.config.original_max_position_embeddings
         return RotaryTables(cos.to(dtype), sin.to(dtype), None if is_one else query_scale.to(dtype))
 
     def apply(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
@@ -118,13 +119,23 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
-        return _rotate(grad, cos, -sin), None, None
+        return _rotated(grad, cos, sin, backward=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
+    """:func:`_rotate`, on a GPU as one kernel. (Not by torch.compile: rows, heads, strides and tables of stages,
+    validation and micro-batches are more shapes than it keeps graphs for.)"""
+    if not x.is_cuda or x.dtype is torch.float64:
+        return _rotate(x, cos, -sin if backward else sin)
+    from nld_train.model import rope_kernel
+
+    return rope_kernel.rotate(x if x.stride(-1) == 1 else x.contiguous(), cos, sin, backward=backward)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

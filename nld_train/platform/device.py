@@ -1,13 +1,15 @@
 """Which device this process computes on, and what is installed there."""
 
+import importlib
 import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
-from nld_train.config.schema import Device
+from nld_train.config.schema import Config, Device, LayerSpec, Precision
 from nld_train.errors import ConfigError, Problem
 from nld_train.platform import cpu
 
@@ -45,8 +47,8 @@ class Platform:
     Args:
         device: where parameters and activations live.
         distributed_backend: ``nccl`` or ``gloo``.
-        has_transformer_engine: NVIDIA Transformer Engine can be imported.
-        has_apex: NVIDIA Apex (built from source; PyPI's ``apex`` is another project) can be imported.
+        has_transformer_engine: Megatron could import NVIDIA Transformer Engine.
+        has_apex: NVIDIA Apex (built from source; PyPI's ``apex`` is another project) is installed.
     """
 
     device: torch.device
@@ -64,6 +66,47 @@ def _has_nvidia_apex() -> bool:
     return (
         importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.multi_tensor_apply") is not None
     )
+
+
+def library_version(name: str) -> str:
+    """Of an installed distribution, for people to read; Apex, built from source, may have none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _import_error() -> str:
+    """Why not: its library, built for one version of torch, or a package that it needs may be what is missing."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "Megatron-Core does not find in it what it needs"
+
+
+def check_layer_spec(config: Config, platform: Platform) -> None:
+    """What ``model.layer_spec`` and ``train.precision`` ask for is here.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and there is no GPU, it is not installed, or the GPU has no FP8.
+    """
+    if config.model.layer_spec is not LayerSpec.transformer_engine:
+        return
+    key, problem = "model.layer_spec", None
+    if not platform.is_cuda:
+        problem = Problem(key, "transformer_engine needs a GPU, and the run is on the CPU", f"use {key}=local")
+    elif not platform.has_transformer_engine:
+        problem = Problem(
+            key,
+            f"transformer_engine, but NVIDIA Transformer Engine cannot be imported: {_import_error()}",
+            f"use {key}=local, or install it, built for torch {torch.__version__}, with what it needs",
+        )
+    elif config.train.precision is Precision.fp8 and torch.cuda.get_device_capability(platform.device) < (8, 9):
+        name = torch.cuda.get_device_name(platform.device)
+        problem = Problem("train.precision", f"fp8, but {name} has no FP8 products", "use train.precision=bf16")
+    if problem is not None:
+        raise ConfigError([problem])
 
 
 def initialize_device(choice: Device) -> Platform:
@@ -105,9 +148,11 @@ def initialize_device(choice: Device) -> Platform:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
         cpu.enter()
+    from megatron.core.extensions.transformer_engine import HAVE_TE  # heavy, and any run imports it anyway
+
     return Platform(
         device=device,
         distributed_backend=backend,
-        has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        has_transformer_engine=HAVE_TE,
         has_apex=_has_nvidia_apex(),
     )

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nld_train.config.schema import ParallelConfig
-from nld_train.model.build import build_chunks
+from nld_train.model.build import build_chunks, row_multiple
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing.steps import StepCase, loader_batches
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, overlap, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, row_multiple, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, run_microbatches
 
 # Of a module's name, from the inside out: the part of the estimate that what it saves belongs to.
 _PARTS = {

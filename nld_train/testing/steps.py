@@ -22,14 +22,21 @@ from nld_train.config.schema import (
     Stratify,
 )
 from nld_train.data.loader import LoaderBatch
-from nld_train.model.build import NLDModel, build_chunks, build_model, global_parameter_name, partition_dim
+from nld_train.model.build import (
+    NLDModel,
+    build_chunks,
+    build_model,
+    global_parameter_name,
+    partition_dim,
+    row_multiple_of,
+)
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import Corruption, corrupt
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters
 from nld_train.training.run import connect, overlap, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, row_multiple, run_microbatches
+from nld_train.training.step import LossWeights, StepShape, noise_spec, reduce_terms, run_microbatches
 
 
 def tiny_model(**changes: object) -> ModelConfig:
@@ -79,6 +86,7 @@ class StepCase:
     ar_loss_weight: float = 1.0
     micro_batch_size: int = 1
     dtype: torch.dtype = torch.float64
+    is_fp8: bool = False
     seed: int = 1234
     num_optimizer_steps: int = 0  # 0: gradients only
     lr: float = 1e-3
@@ -176,7 +184,9 @@ def run_step(
     Args:
         initial: parameters by name to start from (one rank); None: drawn from the case's seed.
     """
-    models = build_chunks(case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed)
+    models = build_chunks(
+        case.model, parallel, dtype=case.dtype, device=platform.device, seed=case.seed, is_fp8=case.is_fp8
+    )
     if initial is not None:
         with torch.no_grad():
             for name, parameter in models[0].named_parameters():
@@ -202,7 +212,7 @@ def run_step(
         for chunk in chunks:
             chunk.zero_grad_buffer()
         terms = run_microbatches(
-            iter(loader_batches(case, topology, row_multiple(parallel))),
+            iter(loader_batches(case, topology, row_multiple_of(models[0].config))),
             chunks,
             shape,
             objective=case.objective,

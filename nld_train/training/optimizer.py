@@ -62,7 +62,8 @@ class FusedAdam(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-            steps = [torch.tensor(float(group["step"]), device=parameter.device) for parameter in parameters]
+            # One for all, filled on the device: the kernel only reads it, and a copy would make the host wait.
+            step = torch.full((), float(group["step"]), device=parameters[0].device)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 parameters,
@@ -70,7 +71,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
-                steps,
+                [step] * len(parameters),
                 amsgrad=False,
                 lr=group["lr"],
                 beta1=beta1,

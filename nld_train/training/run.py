@@ -13,13 +13,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import EXIT_BAD_CONFIG, EXIT_FAILED, save_resolved, to_dict
-from nld_train.config.schema import Config, ParallelConfig, Precision
+from nld_train.config.schema import Config, LayerSpec, ParallelConfig, Precision
 from nld_train.config.validate import notices
 from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.model.attention import resolve_backend
-from nld_train.model.build import NLDModel, build_chunks
+from nld_train.model.build import NLDModel, build_chunks, fuses_gradients
 from nld_train.platform.cpu import keep_freed_memory
-from nld_train.platform.device import Platform, initialize_device
+from nld_train.platform.device import Platform, check_layer_spec, initialize_device, library_version
 from nld_train.platform.topology import (
     COLLECTIVE_TIMEOUT,
     Topology,
@@ -41,7 +41,7 @@ from nld_train.training.supervision import Supervisor
 from nld_train.training.trainer import Trainer
 
 _END_SECONDS = 120.0  # so long a stopped rank waits for what rank 0 has to close, Weights & Biases say
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
 
 
 def run(config: Config) -> int:
@@ -54,6 +54,7 @@ def run(config: Config) -> int:
         NLDError: something in the configuration, the data or a checkpoint cannot be used.
     """
     platform = initialize_device(config.train.device)
+    check_layer_spec(config, platform)
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * config.train.stall_timeout))  # the watchdog comes first
@@ -96,7 +97,12 @@ def run(config: Config) -> int:
 
                 dtype = _DTYPES[config.train.precision]
                 models = build_chunks(
-                    config.model, config.parallel, dtype=dtype, device=platform.device, seed=config.run.seed
+                    config.model,
+                    config.parallel,
+                    dtype=dtype,
+                    device=platform.device,
+                    seed=config.run.seed,
+                    is_fp8=config.train.precision is Precision.fp8,
                 )
                 if config.init.hf_path is not None and resume is None:
                     with supervisor.reading_files():
@@ -249,10 +255,7 @@ def describe(
         stages=tuple(stage.info() for stage in stages),
         config=to_dict(config),
         backends={
-            "device": str(platform.device),
-            "precision": config.train.precision.value,
-            "attention": resolve_backend(shape.attention_backend, platform.device).value,
-            "optimizer": choose_adam(),
+            **chosen_kernels(config, platform),
             "ranks": f"{topology.world_size} (tensor {topology.tensor_parallel_size} x pipeline "
             f"{topology.pipeline_size} x context {topology.context_parallel_size} x data "
             f"{topology.data_parallel_size}), {platform.distributed_backend}",
@@ -261,6 +264,40 @@ def describe(
             "allocator": "keeps freed memory" if keeps_memory else "as it was set",
         },
     )
+
+
+def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
+    """Device and arithmetic, and whose kernels compute what."""
+    shape, precision, device = config.model, config.train.precision, platform.device
+    by_transformer_engine = shape.layer_spec is LayerSpec.transformer_engine
+    attention = resolve_backend(shape.attention_backend, device).value
+    if by_transformer_engine:
+        attention += ", under a plain causal mask Transformer Engine's"
+    gradients = (
+        "the matrix product adds to the fp32 sum (Transformer Engine)" if by_transformer_engine else "one addition"
+    )
+    if fuses_gradients(shape, _DTYPES[precision], device):
+        gradients = "the matrix product adds to the fp32 sum (Apex)"
+    installed = [
+        f"{name} {library_version(package)}"
+        for name, package, is_there in (
+            ("Transformer Engine", "transformer-engine", platform.has_transformer_engine),
+            ("Apex", "apex", platform.has_apex),
+        )
+        if is_there
+    ]
+    return {
+        "device": f"{device}, {torch.cuda.get_device_name(device)}" if platform.is_cuda else str(device),
+        "precision": precision.value,
+        "layers": f"{shape.layer_spec.value}{', products in FP8' if precision is Precision.fp8 else ''}",
+        "attention": attention,
+        "rotary embedding": "one kernel (Triton)" if platform.is_cuda else "eager",
+        "weight gradients": gradients,
+        "optimizer": choose_adam(),
+        "installed": ", ".join(
+            [f"torch {torch.__version__}", f"megatron-core {library_version('megatron-core')}", *installed]
+        ),
+    }
 
 
 def finish(config: Config, checkpoint: Path, callbacks: Callback, progress: Callable[[], None]) -> None:

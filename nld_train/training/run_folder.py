@@ -41,7 +41,8 @@ _FIXED_IN_A_STAGE = (
 )
 # Of a stage that is over: what its steps and the samples they took are counted by.
 _FIXED_AFTER_A_STAGE = ("tokens", "blend", "chat", "sequence_length", "global_batch_size")
-_FREE_ON_RESUME = ("model.attention_backend", "objective.diffusion_loss_weight")  # the stages hold the weights
+# The stages hold the weights of the losses.
+_FREE_ON_RESUME = ("model.attention_backend", "model.layer_spec", "objective.diffusion_loss_weight")
 
 
 _LOCK_SECONDS = 5.0  # a killed run may take a moment to be gone

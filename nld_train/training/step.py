@@ -6,10 +6,10 @@ Context-parallel ranks read the same micro-batch, weigh its rows, and then take 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import islice, tee
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from nld_train.config.schema import ObjectiveConfig, ParallelConfig
+from nld_train.config.schema import ObjectiveConfig
 from nld_train.data.loader import LoaderBatch
+from nld_train.model.build import row_multiple_of
 from nld_train.model.head import WeightedRows, select_weighted_rows
 from nld_train.objective.losses import LossTerms, loss_terms
 from nld_train.objective.noise import NoiseSpec
@@ -52,18 +53,13 @@ class LossWeights:
     diffusion: float
 
 
-def row_multiple(parallel: ParallelConfig) -> int:
-    """What the number of rows must be a multiple of: tensor-parallel ranks share them equally."""
-    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-
-
 def noise_spec(objective: ObjectiveConfig, *, seed: int, global_batch_size: int, row_multiple: int = 1) -> NoiseSpec:
     """How a stage's noisy rows are made.
 
     Args:
         seed: of the run.
         global_batch_size: samples of a step, over which ``stratify: batch`` spreads the noise levels.
-        row_multiple: see :func:`row_multiple`.
+        row_multiple: see :func:`nld_train.model.build.row_multiple`.
     """
     return NoiseSpec(
         mask_token_id=objective.mask_token_id,
@@ -157,8 +153,23 @@ def micro_batches(
         # Rows are chosen on the CPU: on a GPU the data-dependent count would stop the host.
         of_rows = row_weights(batch, objective.normalization.value, weights.diffusion, weights.ar)
         batch, of_rows = shard_batch(batch, of_rows, shard, row_multiple)
-        selected = select_weighted_rows(batch, of_rows).to(device)
-        yield batch.to(device), selected, sample.stream_positions
+        selected = select_weighted_rows(batch, of_rows)
+        if device.type == "cuda":
+            # From memory that the system may move, a copy to the device would first wait for all that is under way.
+            batch, selected = pinned(batch), pinned(selected)
+        yield batch.to(device), selected.to(device), sample.stream_positions
+
+
+Part = TypeVar("Part")
+
+
+def pinned(part: Part) -> Part:
+    """A dataclass of tensors, and of others like it, with the same numbers in page-locked memory."""
+    if isinstance(part, Tensor):
+        return part.pin_memory()  # type: ignore[return-value]
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    return replace(part, **{item.name: pinned(getattr(part, item.name)) for item in fields(part)})
 
 
 def forward_step(
@@ -222,7 +233,7 @@ def run_microbatches(
         objective=objective,
         weights=weights,
         device=device,
-        row_multiple=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        row_multiple=row_multiple_of(config),
     )
     collected: list[MicroBatchLosses] = get_forward_backward_func()(
         forward_step_func=partial(forward_step, normalization=objective.normalization.value),

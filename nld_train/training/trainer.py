@@ -20,6 +20,7 @@ from nld_train.config.workload import flops_per_token, workload
 from nld_train.data.dataset import SampleSource, SizedSource
 from nld_train.data.loader import LoaderBatch, TrainLoader
 from nld_train.errors import CheckpointError, TrainingError
+from nld_train.model.build import row_multiple
 from nld_train.objective.losses import LossTerms
 from nld_train.objective.noise import NoiseSpec, num_noisy_rows
 from nld_train.objective.normalize import means, shares
@@ -39,7 +40,6 @@ from nld_train.training.step import (
     StepShape,
     noise_spec,
     reduce_terms,
-    row_multiple,
     run_microbatches,
 )
 from nld_train.training.stopping import Agreed, StepAgreement
@@ -270,7 +270,7 @@ class Trainer:
     def _usage(self, stage: Stage, lap: Lap) -> dict[str, float | None]:
         """Share of the devices' peak, and this rank's memory."""
         peak, is_cuda = self.config.train.peak_tflops, self.device.type == "cuda"
-        if peak is None and is_cuda and self.config.train.precision is Precision.bf16:
+        if peak is None and is_cuda and self.config.train.precision is not Precision.fp32:  # of fp8, too: bf16's
             peak = peak_tflops(torch.cuda.get_device_name(self.device))
         mfu = None
         if peak is not None:
@@ -321,7 +321,7 @@ class Trainer:
             self.config.objective,
             seed=self.config.run.seed,
             global_batch_size=stage.global_batch_size,
-            row_multiple=row_multiple(self.config.parallel),
+            row_multiple=row_multiple(self.config.parallel, self.config.train.precision),
         )
 
     def _shape(self, stage: Stage) -> StepShape:
@@ -460,7 +460,7 @@ class Trainer:
                 ),
                 seed=VALIDATION_SEED,
                 global_batch_size=len(samples),
-                row_multiple=row_multiple(self.config.parallel),
+                row_multiple=row_multiple(self.config.parallel, self.config.train.precision),
             ),
         )
         for chunk in self.chunks:

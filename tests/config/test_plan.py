@@ -195,7 +195,8 @@ def test_what_each_size_saves(recipe: Config) -> None:
     selective = bytes_of(recompute_granularity=Recompute.selective)
     assert full["inputs"] / (8192 * 4096 * 2) in (33, 34)
     assert full["mlp"] < plain["mlp"] / 30
-    assert plain["norms"] > 2.8 * selective["norms"]
+    assert plain["norms"] == selective["norms"]  # they keep their inputs alone in any case
+    assert plain["attention"] > 1.05 * selective["attention"]
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

@@ -14,7 +14,9 @@ from nld_train.config.schema import (
     Config,
     Device,
     DocumentMask,
+    LayerSpec,
     Normalization,
+    Precision,
     Sampler,
     Stratify,
 )
@@ -196,6 +198,8 @@ def remedied(overrides: list[str], key: str, world_size: int) -> None:
         (["model.vocab_size=100"], "model.vocab_size", 1),
         (["model.rope.beta_fast=0.5"], "model.rope.beta_fast", 1),
         (["model.attention_backend=flex", "train.device=cpu"], "model.attention_backend", 1),
+        (["model.layer_spec=transformer_engine", "train.device=cpu", "train.precision=bf16"], "model.layer_spec", 1),
+        (["train.precision=fp8"], "train.precision", 1),
         (["model.max_position_embeddings=128"], "data.sequence_length", 1),
         (["train.micro_batch_size=3", "train.global_batch_size=4"], "train.micro_batch_size", 1),
         (["train.micro_batch_size=8", "train.global_batch_size=16"], "train.micro_batch_size", 4),
@@ -377,6 +381,52 @@ def test_flex_is_for_gpus(tiny: Config):
     assert validate(flex, 1) == []  # train.device=auto: decided where torch is known
     assert validate(changed(flex, train__device=Device.cuda), 1) == []
     assert at(validate(changed(flex, train__device=Device.cpu), 1), "model.attention_backend")
+
+
+def test_transformer_engine_is_for_bf16_on_gpus(tiny: Config):
+    engine = changed(tiny, model__layer_spec=LayerSpec.transformer_engine, train__precision=Precision.bf16)
+    assert validate(engine, 1) == []  # train.device=auto: decided where torch is known
+    for values in ({"train__device": Device.cpu}, {"train__precision": Precision.fp32}):
+        assert "use model.layer_spec=local" in at(validate(changed(engine, **values), 1), "model.layer_spec").remedy
+
+
+def test_fp8_needs_the_layers_that_can(tiny: Config):
+    problem = at(validate(changed(tiny, train__precision=Precision.fp8), 1), "train.precision")
+    assert "use model.layer_spec=transformer_engine" in problem.remedy
+    fp8 = changed(tiny, train__precision=Precision.fp8, model__layer_spec=LayerSpec.transformer_engine)
+    assert validate(fp8, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "location", "remedy"),
+    [
+        ({"data__sequence_length": 264, "objective__block_size": 8}, "data.sequence_length", "=272"),
+        ({"model__hidden_size": 100}, "model.hidden_size", "=96"),
+        ({"model__ffn_hidden_size": 776}, "model.ffn_hidden_size", "=784"),
+        (
+            {"model__num_attention_heads": 3, "model__num_key_value_heads": 1, "model__head_dim": 10},
+            "model.head_dim",
+            "=16",
+        ),
+        (
+            {
+                "data__sequence_length": 16 * 17,
+                "objective__block_size": 8,
+                "parallel__tensor_model_parallel_size": 2,
+                "parallel__sequence_parallel": True,
+            },
+            "data.sequence_length",
+            "=288",
+        ),
+        ({"model__ffn_hidden_size": 784, "parallel__tensor_model_parallel_size": 2}, "model.ffn_hidden_size", "=800"),
+    ],
+)
+def test_fp8_products_take_multiples(tiny: Config, values: dict[str, object], location: str, remedy: str):
+    """Rows and widths of what each rank multiplies."""
+    bf16 = changed(tiny, train__precision=Precision.bf16, model__layer_spec=LayerSpec.transformer_engine, **values)
+    assert location not in [problem.location for problem in validate(bf16, None)]
+    problem = at(validate(changed(bf16, train__precision=Precision.fp8), None), location)
+    assert f"use {location}{remedy}, or train.precision=bf16" == problem.remedy
 
 
 def test_another_corpus_may_have_any_mask_token(tiny: Config, tmp_path: Path):

@@ -115,7 +115,7 @@ QUICK = [
 ]
 ALL = [
     pytest.param(*case, id="-".join([case[0], case[1].value, case[2].value]), marks=marks)
-    for case in itertools.product(STAGES, Precision, (Recompute.none, Recompute.full))
+    for case in itertools.product(STAGES, PRECISIONS, (Recompute.none, Recompute.full))
     for marks in [[] if case in QUICK else [pytest.mark.long]]
 ]
 
@@ -153,7 +153,7 @@ QUICK_LAYOUTS = [
 ]
 ALL_LAYOUTS = [
     pytest.param(*case, id=f"{case[1]}-{case[0].value}", marks=[] if case in QUICK_LAYOUTS else [pytest.mark.long])
-    for case in itertools.product(Precision, LAYOUTS)
+    for case in itertools.product(PRECISIONS, LAYOUTS)
 ]
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nld_train.config.schema import ParallelConfig, Recompute
-from nld_train.model.build import NLDModel, build_model
+from nld_train.config.schema import LayerSpec, ParallelConfig, Precision, Recompute
+from nld_train.model import build
+from nld_train.model.build import NLDModel, build_model, fuses_gradients, row_multiple
 from nld_train.model.head import WeightedRows, gather_rows, select_weighted_rows
 from nld_train.model.layer_spec import DecoderRows
 from nld_train.objective.noise import NoiseSpec, corrupt
@@ -116,6 +117,28 @@ def test_two_tensor_parallel_ranks_prune_alike(
     same(found, expected)
 
 
+def padded_step(topology: Topology, platform: Platform, parallel: ParallelConfig) -> dict[str, Tensor]:
+    """:func:`joint_step` with rows in the multiples that FP8 products take, though in float64."""
+    before = build.row_multiple_of
+    build.row_multiple_of = lambda config: row_multiple(parallel, Precision.fp8)
+    try:
+        return joint_step(topology, platform, True, parallel)
+    finally:
+        build.row_multiple_of = before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_padded_for_fp8_change_nothing(one_rank: RankPool, two_ranks: RankPool, ranks: int) -> None:
+    """One rank takes 16 rows at a time; with sequence parallelism each of two has a share of 32."""
+    expected = one_rank.run(joint_step, True, ParallelConfig())
+    parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
+    found = (one_rank if ranks == 1 else two_ranks).run(padded_step, parallel, parallel=parallel)
+    counts = expected.pop("mlp rows").tolist()
+    assert any(count % 16 for count in counts)
+    assert found.pop("mlp rows").tolist() == [-(-count // (16 * ranks)) * 16 for count in counts]
+    same(found, expected)
+
+
 def no_row_with_weight(topology: Topology, platform: Platform, parallel: ParallelConfig) -> None:
     model = small_model(platform, parallel)
     batch, selected = micro_batch(1)
@@ -136,6 +159,18 @@ def no_row_with_weight(topology: Topology, platform: Platform, parallel: Paralle
 def test_sequence_parallel_logits_and_micro_batches_without_weight(two_ranks: RankPool) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     two_ranks.run(no_row_with_weight, parallel, parallel=parallel)
+
+
+def test_gradients_are_fused_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its kernel, in Megatron's own layers on a GPU; Transformer Engine's have one of their own."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    model = tiny_model()
+    assert not fuses_gradients(model, torch.bfloat16, cuda)
+    monkeypatch.setattr(build.megatron_layers, "_grad_accum_fusion_available", True)
+    assert fuses_gradients(model, torch.bfloat16, cuda)
+    assert not fuses_gradients(model, torch.bfloat16, cpu)
+    assert not fuses_gradients(model, torch.float64, cuda)
+    assert not fuses_gradients(replace(model, layer_spec=LayerSpec.transformer_engine), torch.bfloat16, cuda)
 
 
 def other_calls(topology: Topology, platform: Platform) -> None:

@@ -3,7 +3,11 @@
 import dataclasses
 import gc
 import math
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +217,31 @@ def test_rows_that_do_not_fit_the_layout_are_refused():
         rotary.apply(torch.zeros(8, 1, 2, 8), torch.zeros(8, 1, 2, 8), layout)
     with pytest.raises(ValueError, match="head dimension 8"):
         rotary.apply(torch.zeros(16, 1, 2, 4), torch.zeros(16, 1, 2, 4), layout)
+
+
+KERNEL_PROGRAM = """
+import torch
+from nld_train.model import rope, rope_kernel
+
+generator = torch.Generator().manual_seed(0)
+for rows, length, sequences, heads, dim, has_table in (
+    (64, 32, 2, 4, 16, False), (40, 40, 2, 3, 12, True), (70, 70, 1, 2, 16, True), (96, 96, 3, 5, 128, False),
+):
+    angles = torch.randn(length, sequences if has_table else 1, dim // 2, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    whole = torch.randn(rows, sequences, heads, 3 * dim, generator=generator)
+    for x in (whole[..., :dim].contiguous(), whole[..., dim : 2 * dim]):
+        for backward in (False, True):
+            found = rope_kernel.rotate(x, cos, sin, backward=backward)
+            assert found.is_contiguous()
+            torch.testing.assert_close(found, rope._rotate(x, cos, -sin if backward else sin), rtol=1e-6, atol=1e-6)
+"""
+
+
+def test_the_kernel_for_gpus_rotates_alike(tmp_path: Path) -> None:
+    """In Triton's interpreter, which needs no GPU; sizes that are no powers of two, strided rows."""
+    pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
+    program = tmp_path / "kernel.py"
+    program.write_text(KERNEL_PROGRAM)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, str(program)], env=environment, check=True, timeout=120)
