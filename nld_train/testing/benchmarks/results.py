@@ -166,6 +166,11 @@ def performance_page(folder: Path, suites: Mapping[str, str]) -> str:
     required = [row for _, item in measurements for row in item.rows if row.required is not None]
     missed = [row for row in required if not row.passed]
     lines = [_HEAD]
+    if not any("gpu" in item.machine for _, item in measurements):
+        lines.append(
+            "**No GPU is among these results, and the CUDA paths have not been run.** `scripts/gpu_check.sh` checks\n"
+            "and measures them on a machine with one.\n"
+        )
     lines.append(f"Of {len(required)} ratios that are asked for, {len(required) - len(missed)} are reached. Missed:\n")
     lines += [
         f"- {row.suite}: {row.title}: {row.variant} {row.ratio:.2f} for {row.required:.2f}" for row in missed
