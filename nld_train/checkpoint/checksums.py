@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nld_train.platform.failures import is_of_the_machine
+
 CHECKSUM_FILE = "checksums.txt"
 _PIECE = 16 << 20  # bytes read at a time
 
@@ -60,7 +62,11 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
 
 
 def damage(path: Path, expected: Checksum) -> str | None:
-    """What is wrong with a file, in words; None: nothing."""
+    """What is wrong with a file, in words; None: nothing.
+
+    Raises:
+        OSError: the file system has failed, which says nothing of the file.
+    """
     try:
         num_bytes = path.stat().st_size
         if num_bytes != expected.num_bytes:
@@ -68,5 +74,7 @@ def damage(path: Path, expected: Checksum) -> str | None:
         if Checksum.of(path) != expected:
             return f"{path.name} has another checksum than when it was written"
     except OSError as error:
+        if is_of_the_machine(error):
+            raise
         return f"{path.name} cannot be read ({error.strerror})"
     return None

@@ -42,6 +42,7 @@ from nld_train.checkpoint.sharded import (
 )
 from nld_train.config.schema import CheckpointConfig, ModelConfig, RopeConfig
 from nld_train.errors import CheckpointError, NLDError
+from nld_train.platform.failures import is_of_the_machine
 
 FORMAT_VERSION = 4
 INFO_FILE = "checkpoint.json"
@@ -211,11 +212,11 @@ def _set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong on the first rank that failed, in one line."""
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}"
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +311,8 @@ class CheckpointManager:
                 _check_version(json.loads((checkpoint / INFO_FILE).read_text()), checkpoint / INFO_FILE)
             found = [f"{CHECKSUM_FILE} is missing"]
         except (OSError, ValueError) as error:
+            if is_of_the_machine(error):
+                raise
             found = [f"{CHECKSUM_FILE} is not readable: {error}"]
         else:
             found = []
@@ -438,6 +441,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: the checkpoint does not fit the model, or cannot be read.
+            OSError, RuntimeError: as they came, where the machine has failed.
         """
         info = read_info(folder)
         weights = _weights(chunks)
@@ -450,7 +454,10 @@ class CheckpointManager:
         # The loader raises a dozen types (torch's wrapper is not even an Exception); all mean that this folder cannot
         # be used here.
         except (Exception, CheckpointException) as error:
-            where, what = folder, _cause(error)
+            cause = _cause(error)
+            if is_of_the_machine(cause):
+                raise cause from error
+            where, what = folder, f"{type(cause).__name__}: {cause}"
             if absent := absent_keys(folder, wanted):
                 others = f" (nor any of {len(absent) - 1} others)" if len(absent) > 1 else ""
                 where, what = folder / METADATA_FILE, f"it lists no piece of tensor {absent[0]}{others}"

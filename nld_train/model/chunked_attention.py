@@ -341,7 +341,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @unredirected
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        kernel = kernel_for(query.dtype)
+        kernel = kernel_for(query.dtype, layout.clean_length)
         plan = _chunk_plan(layout, len(query), _chunk_rows(query.dtype, num_heads // num_kv_heads, kernel))
         rows = plan.queries.gather(query)
         keys, values = _Keys(plan, key, layout), _Keys(plan, value, layout)

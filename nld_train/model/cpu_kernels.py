@@ -1,7 +1,7 @@
 """Attention of a few rows to a few keys on the CPU, forward and backward, in two ways.
 
 :data:`FLASH` is torch's kernel for any dtype. :data:`PRODUCTS` writes the scores out and leaves the work to matrix
-products, which in bf16 are several times as fast as the kernel's small ones on a CPU with bf16 instructions. Scores,
+products, which in bf16 are several times as fast as the kernel's small ones. Scores,
 softmax and sums are fp32 in both; the second rounds probabilities to bf16 before they meet the values.
 
 Dimensions: b sequences and key-value heads, P parts of a group of query heads, R rows, S keys, D head dimension.
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from nld_train.platform.cpu import bf16_operands
+
+_LONGEST = 2048
+"""Clean tokens of a sequence up to which :data:`PRODUCTS` is taken."""
 
 _SCORES = 1 << 21
 """Scores that exist at a time, unless one head has more: 8 MB, which stay in the caches."""
@@ -43,13 +46,16 @@ class Kernel:
     splits_groups: bool
 
 
-def kernel_for(dtype: torch.dtype) -> Kernel:
-    """The faster one."""
-    return PRODUCTS if dtype is torch.bfloat16 and has_bf16_instructions() else FLASH
+def kernel_for(dtype: torch.dtype, clean_length: int) -> Kernel:
+    """The faster one. On long sequences products win nothing, their scores grow, and each chunk has a shape of its own,
+    for which oneDNN keeps what it has compiled."""
+    is_short = clean_length <= _LONGEST
+    return PRODUCTS if dtype is torch.bfloat16 and is_short and has_fast_bf16_products() else FLASH
 
 
 @cache
-def has_bf16_instructions() -> bool:
+def has_fast_bf16_products() -> bool:
+    """oneDNN has kernels for them: with AVX-512, also where it has no instruction for bf16."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,7 +1,7 @@
 """A run, assembled on one screen: platform, data, model, optimizer, checkpoint, callbacks, loop, export."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ def run(config: Config) -> int:
     check_layer_spec(config, platform)
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
-    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * config.train.stall_timeout))  # the watchdog comes first
+    # The watchdog comes first.
+    limit = max(config.train.stall_timeout, Supervisor.FILE_SECONDS)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * limit))
     with Supervisor(config, global_rank(), world_size_from_environment()) as supervisor:
         try:
             config, layout_lines = resolve_layout(config, platform)
@@ -169,8 +171,7 @@ def run(config: Config) -> int:
                 callbacks.on_message(f"this run is finished: step {start_step} is its last, nothing is left to train")
             checkpoint = result.checkpoint or (resume.checkpoint if resume is not None else None)
             if is_main and checkpoint is not None:
-                with supervisor.reading_files():
-                    finish(config, checkpoint, callbacks, supervisor.watchdog.mark)
+                finish(config, checkpoint, callbacks, supervisor)
             if is_main:  # the others end while it exports
                 supervisor.heartbeat.state("finished")
             return 0
@@ -300,17 +301,18 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     }
 
 
-def finish(config: Config, checkpoint: Path, callbacks: Callback, progress: Callable[[], None]) -> None:
+def finish(config: Config, checkpoint: Path, callbacks: Callback, supervisor: Supervisor) -> None:
     """Export the last checkpoint, unless that was done, and continue the prompt from it in all modes (rank 0).
 
-    Args:
-        progress: called after each tensor, and after each mode.
+    The continuation is not watched: a large model on a CPU takes its time, and nothing is lost if it hangs.
     """
     if not config.export.enabled:
         return
     out = Path(config.run.dir) / "hf"
     if exported_step(out) != read_info(checkpoint).step:
-        export_checkpoint(checkpoint, out, overwrite=True, progress=lambda done, total: progress())
+        with supervisor.reading_files():
+            mark = supervisor.watchdog.mark
+            export_checkpoint(checkpoint, out, overwrite=True, progress=lambda done, total: mark())
         callbacks.on_message(f"exported to {out}")
     if config.export.prompt is not None:
         # Imports transformers, which takes a second of every start and is needed here alone.
@@ -322,4 +324,3 @@ def finish(config: Config, checkpoint: Path, callbacks: Callback, progress: Call
                 model, tokenizer, config.export.prompt, mode, max_new_tokens=config.export.max_new_tokens
             )
             callbacks.on_message(format_continuation(result))
-            progress()

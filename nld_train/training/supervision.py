@@ -1,6 +1,5 @@
 """What can end a run from outside of its loop, on one rank: signals, lost ranks, no progress, another rank's error."""
 
-import errno
 import os
 import random
 import threading
@@ -10,11 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-import torch.distributed as dist
-
 from nld_train.config.schema import Config
-from nld_train.errors import EXIT_RESTART, ConfigError, NLDError
+from nld_train.errors import EXIT_RESTART, ConfigError
+from nld_train.platform.failures import is_of_the_machine
 from nld_train.training.callbacks.heartbeat import Heartbeat
 from nld_train.training.peers import Notice, Peers
 from nld_train.training.stopping import StopSignals
@@ -94,15 +91,13 @@ class Supervisor:
         self.heartbeat.state("stalled", message)
         self.peers.tell("stalled", message=message)
         time.sleep(self.STALL_SECONDS)
-        self._end(EXIT_RESTART, message, None)
+        self._end(EXIT_RESTART, message, "stalled")  # again: a step may have ended meanwhile
 
     def _notice(self, notice: Notice) -> None:
         if notice.kind == "stalled":
             self._end_in_time(EXIT_RESTART)
             dump_stacks(self.run_dir, self._rank, notice.message)
-            if self._rank == 0:
-                self.heartbeat.state("stalled", notice.message)
-            self._end(EXIT_RESTART, notice.message, None)
+            self._end(EXIT_RESTART, notice.message, "stalled" if self._rank == 0 else None)
         if self._has_ended.wait(self.FAILURE_SECONDS):
             return
         if self._rank == 0:
@@ -125,17 +120,3 @@ class Supervisor:
         timer = threading.Timer(self.END_SECONDS, os._exit, [status])
         timer.daemon = True
         timer.start()
-
-
-def is_of_the_machine(error: BaseException) -> bool:
-    """A machine, its GPU, its file system or its network has failed: started again elsewhere, the run may go on."""
-    if isinstance(error, NLDError):
-        return False
-    if isinstance(error, OSError):
-        return error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.EREMOTEIO)
-    words = ("gloo", "NCCL", "CUDA error", "DataLoader worker")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and not isinstance(error, torch.OutOfMemoryError)
-        and any(word in str(error) for word in words)
-    )

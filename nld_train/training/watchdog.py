@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-_READ_BYTES = 1 << 20  # counting reads something itself
+_READ_BYTES = 64 << 10  # between two looks; counting reads some hundred bytes itself
 
 
 class Watchdog:
@@ -75,8 +75,8 @@ class Watchdog:
             if now - looked_at > asleep + limit / 2:
                 self.mark()  # this process was stopped and goes on (SIGCONT, a suspended machine): it may yet progress
             looked_at = now
-            if (now_read := reads()) - num_read > _READ_BYTES:
-                num_read = now_read
+            before, num_read = num_read, reads()
+            if num_read - before > _READ_BYTES:
                 self.mark()
             if now - self._marked_at > limit:
                 setting = "train.stall_timeout" if limit == self._timeout else "the limit while a run starts or ends"

@@ -1,5 +1,7 @@
 """Saving beside the training, checksums, full disks, and which checkpoints are kept."""
 
+import contextlib
+import errno
 import os
 import pickle
 import resource
@@ -8,12 +10,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from nld_train.checkpoint.checksums import CHECKSUM_FILE, read_checksums
+from nld_train.checkpoint import manager as manager_module
+from nld_train.checkpoint.checksums import CHECKSUM_FILE, Checksum, read_checksums
 from nld_train.checkpoint.manager import CheckpointInfo, CheckpointManager, complete_checkpoints
 from nld_train.checkpoint.sharded import (
     METADATA_FILE,
@@ -147,6 +151,28 @@ def test_nothing_undamaged_is_an_error_and_no_new_beginning(one_rank: RankPool, 
     assert "step_00000001" in message
     assert "step_00000002" in message
     assert nothing == (None, [])
+
+
+def with_a_file_server_that_is_gone(topology: Topology, platform: Platform, directory: str) -> list[Any]:
+    """What finding and loading a checkpoint end with."""
+    gone = OSError(errno.ESTALE, "Stale file handle")
+    manager = CheckpointManager(Path(directory), CheckpointConfig())
+    found: list[Any] = []
+    for where, name in ((Checksum, "of"), (manager_module, "read_checksums")):
+        with mock.patch.object(where, name, side_effect=gone), contextlib.suppress(OSError):
+            found.append(manager.latest())
+    chunks, optimizer = trained(platform)
+    with mock.patch.object(manager_module.dist_checkpointing, "load", side_effect=gone), contextlib.suppress(OSError):
+        found.append(manager.load(complete_checkpoints(Path(directory))[-1], chunks, optimizer))
+    return found
+
+
+def test_a_file_server_that_is_gone_is_no_damage(one_rank: RankPool, tmp_path: Path) -> None:
+    """The error itself comes, which has a run started again; no checkpoint is set aside for it."""
+    one_rank.run(save_two, str(tmp_path))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert one_rank.run(with_a_file_server_that_is_gone, str(tmp_path)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def training_state(chunks: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:

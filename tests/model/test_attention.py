@@ -216,7 +216,7 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(
 ):
     """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
     monkeypatch.setattr(chunked_module, "JOINED_PREFIX", 0)
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype: kernel)
+    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)

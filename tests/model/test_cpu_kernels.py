@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nld_train.model import cpu_kernels
-from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_bf16_instructions, kernel_for
+from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_fast_bf16_products, kernel_for
 
 SCALE = 0.3
 KERNELS = {"flash": FLASH, "products": PRODUCTS}
@@ -98,12 +98,13 @@ def test_gradients_of_a_part_of_the_keys(kernel: Kernel) -> None:
             assert_near(torch.cat(of_parts, dim=2), of_whole)
 
 
-def test_products_are_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: True)
-    assert kernel_for(torch.bfloat16) is PRODUCTS
-    assert all(kernel_for(dtype) is FLASH for dtype in (torch.float16, torch.float32, torch.float64))
-    monkeypatch.setattr(cpu_kernels, "has_bf16_instructions", lambda: False)
-    assert kernel_for(torch.bfloat16) is FLASH
+def test_products_are_for_short_sequences_in_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "has_fast_bf16_products", lambda: True)
+    assert kernel_for(torch.bfloat16, 2048) is PRODUCTS
+    assert kernel_for(torch.bfloat16, 2049) is FLASH
+    assert all(kernel_for(dtype, 8) is FLASH for dtype in (torch.float16, torch.float32, torch.float64))
+    monkeypatch.setattr(cpu_kernels, "has_fast_bf16_products", lambda: False)
+    assert kernel_for(torch.bfloat16, 8) is FLASH
 
 
 def test_scores_are_not_rounded_to_bf16() -> None:
@@ -112,4 +113,4 @@ def test_scores_are_not_rounded_to_bf16() -> None:
     scores = cpu_kernels._scores(rows.float(), keys.float(), None, SCALE)
     exact = SCALE * rows.double() @ keys.double().mT
     assert (scores - exact).abs().max() < 1e-5
-    assert isinstance(has_bf16_instructions(), bool)
+    assert isinstance(has_fast_bf16_products(), bool)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import torch
 from nld_train.checkpoint.manager import complete_checkpoints
 from nld_train.config.schema import Config, RunConfig, TrainConfig
 from nld_train.errors import EXIT_RESTART, TrainingError
+from nld_train.platform.failures import is_of_the_machine
 from nld_train.testing.jobs import (
     ON_CPU,
     ROOT,
@@ -36,7 +38,7 @@ from nld_train.testing.jobs import (
 )
 from nld_train.training.callbacks.heartbeat import Heartbeat, read_heartbeat
 from nld_train.training.stopping import StopSignals
-from nld_train.training.supervision import Supervisor, is_of_the_machine
+from nld_train.training.supervision import Supervisor
 from nld_train.training.watchdog import Watchdog, dump_stacks
 
 ENDLESS = (steps("joint", 10**6), "export.enabled=false")
@@ -177,6 +179,16 @@ def test_the_watchdog_fires_when_nothing_is_marked() -> None:
         assert not fired.wait(0.6)
 
 
+def test_what_counting_reads_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor any other few bytes now and then, however many they are in the end."""
+    fired: list[str] = []
+    counts = itertools.count(0, 60 << 10)
+    monkeypatch.setattr(Watchdog, "_bytes_read", staticmethod(lambda: next(counts)))
+    with Watchdog(0.2, fired.append).watching(0.8):
+        time.sleep(1.6)
+    assert fired
+
+
 def test_the_watchdog_has_another_limit_where_files_are_read(tmp_path: Path) -> None:
     """And there it takes reading for progress, of whoever reads; one after the other on the same watchdog."""
     fired: list[str] = []
@@ -269,7 +281,11 @@ def test_what_another_machine_may_survive_is_no_failure_of_the_run() -> None:
     assert is_of_the_machine(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
     assert is_of_the_machine(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
     assert is_of_the_machine(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
-    assert is_of_the_machine(OSError(errno.ESTALE, "Stale file handle"))
+    for number in (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ETIMEDOUT):
+        assert is_of_the_machine(OSError(number, "a file server is gone"))
+    assert is_of_the_machine(TimeoutError("no answer"))
+    assert not is_of_the_machine(RuntimeError("expected gloomy"))
+    assert not is_of_the_machine(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_of_the_machine(TrainingError("runs/gloo", "the gradient is nan", "lower lr"))
     assert not is_of_the_machine(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_of_the_machine(RuntimeError("shape mismatch"))
