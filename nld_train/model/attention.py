@@ -75,8 +75,7 @@ def joint_attention(
     """
     if backend is AttentionBackend.dense:
         return dense_attention(query, key, value, layout, softmax_scale)
-    is_causal = layout.table is None and not layout.has_noisy_half
-    if is_causal and (backend is AttentionBackend.flex or query.shape[1] == key.shape[1]):
+    if layout.is_causal and (backend is AttentionBackend.flex or query.shape[1] == key.shape[1]):
         return causal_attention(query, key, value, softmax_scale)
     if backend is AttentionBackend.chunked:
         return chunked_attention(query, key, value, layout, softmax_scale)
@@ -194,7 +193,7 @@ class JointAttention(MegatronModule):
             raise TypeError("JointAttention does not take packed_seq_params: sequences have one length")
         backend = resolve_backend(self.backend, query.device)
         query, key = self.rotary.apply(query, key, layout)
-        if self.causal is not None and layout.table is None and not layout.has_noisy_half:
+        if self.causal is not None and layout.is_causal:
             return self.causal(query, key, value)
         query = query.permute(1, 2, 0, 3)
         if layout.shard.size == 1:

@@ -131,6 +131,11 @@ class SequenceLayout:
         return self.num_noisy_rows + self.clean_length
 
     @property
+    def is_causal(self) -> bool:
+        """Its mask is the plain causal one: no noisy half, no table."""
+        return self.table is None and not self.has_noisy_half
+
+    @property
     def num_halves(self) -> int:
         """Of a layout without a table: how often positions 0..L-1 occur."""
         return 2 if self.has_noisy_half else 1

@@ -40,7 +40,7 @@ class _RepeatedAttention(DecoderAttention):
         query, key = self.rotary.apply(query, key, layout)
         group = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
-        is_causal = layout.table is None and not layout.has_noisy_half
+        is_causal = layout.is_causal
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None if is_causal else _additive_mask(layout, query.device, query.dtype)
         scale = self.softmax_scale

@@ -41,7 +41,8 @@ from nld_train.training.supervision import Supervisor
 from nld_train.training.trainer import Trainer
 
 _END_SECONDS = 120.0  # so long a stopped rank waits for what rank 0 has to close, Weights & Biases say
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp8: torch.bfloat16}
+"""Of parameters and activations."""
 
 
 def run(config: Config) -> int:
@@ -97,7 +98,7 @@ def run(config: Config) -> int:
                     first_sample = stage.consumed_samples(start_step + 1)
                     sources[stage.name].build_index(first_sample, first_sample + stage.global_batch_size)
 
-                dtype = _DTYPES[config.train.precision]
+                dtype = DTYPES[config.train.precision]
                 models = build_chunks(
                     config.model,
                     config.parallel,
@@ -277,7 +278,7 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     gradients = (
         "the matrix product adds to the fp32 sum (Transformer Engine)" if by_transformer_engine else "one addition"
     )
-    if fuses_gradients(shape, _DTYPES[precision], device):
+    if fuses_gradients(shape, DTYPES[precision], device):
         gradients = "the matrix product adds to the fp32 sum (Apex)"
     installed = [
         f"{name} {library_version(package)}"

@@ -16,9 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nld_train.checkpoint.manager import CheckpointInfo
-from nld_train.config.schema import (
-    ModelConfig,
-)
+from nld_train.config.schema import ModelConfig
 from nld_train.testing.benchmarks.comparison import Comparison, Work
 
 

@@ -37,7 +37,7 @@ from nld_train.testing.benchmarks.results import machine
 from nld_train.testing.benchmarks.step import STEP_RECIPE, loader_batch
 from nld_train.testing.peers import PublicRecipeModel
 from nld_train.training.optimizer import build_optimizer, set_hyperparameters, step_with_norm
-from nld_train.training.run import chosen_kernels, connect, overlap, wrap_data_parallel
+from nld_train.training.run import DTYPES, chosen_kernels, connect, overlap, wrap_data_parallel
 from nld_train.training.step import LossWeights, StepShape, run_microbatches
 
 PARTS = (
@@ -183,7 +183,7 @@ def training_step(kind: Kind, platform: Platform) -> tuple[Callable[[], None], C
     train, shape, objective = config.train, config.model, config.objective
     alpha = config.stages[kind.stage].diffusion_loss_weight
     length, micro = config.data.sequence_length, train.micro_batch_size
-    dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
+    dtype = DTYPES[train.precision]
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(1000, shape.vocab_size, (train.global_batch_size, length + 1), generator=generator)
     everything = torch.ones(micro, length, dtype=torch.bool)
@@ -283,9 +283,8 @@ def measure(kind: Kind, platform: Platform, *, warmup: int, rounds: int, profile
     )
 
 
-_PUBLIC_GB = (
-    24.0  # what the public recipe's way needs beyond ours at L = 4096: all logits, several times; repeated keys
-)
+_PUBLIC_GB = 24.0
+"""What the public recipe's way needs beyond ours at L = 4096: all logits, several times; repeated keys."""
 
 
 def gpu_kinds(platform: Platform, limit_gb: float) -> list[Kind]:
