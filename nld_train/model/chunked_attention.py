@@ -7,9 +7,9 @@ sequences that have a chunk alike.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,12 @@ from nld_train.platform.cpu import unredirected
 
 JOINED_PREFIX = 1024
 """Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
-needs no mask, and a merge."""
+needs no mask, and a merge; unless the kernel takes all keys at once."""
+
+_LARGEST_PADDING = 1.25
+"""Rows of a sequence's part of a chunk, padding included, for one that is needed: at most."""
+
+_PADDING_BLOCK = torch.iinfo(torch.int32).min  # no row's block
 
 
 def chunked_attention(
@@ -37,7 +42,8 @@ def chunked_attention(
     without a mask, and the two partial results are merged by their log-sum-exp. The G query heads of a key-value head
     are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
 
-    Each sequence has chunks of its own (see :class:`_Chunk`); padding rows get 0 and no gradient.
+    Sequences of the same documents have the same chunks, whatever their noisy rows (see :class:`_Chunk`); padding rows
+    get 0 and no gradient.
     """
     if query.device.type != "cpu":
         raise ValueError(f"chunked_attention runs on the CPU, the query is on {query.device}")
@@ -51,7 +57,9 @@ def _chunk_rows(dtype: torch.dtype, group: int, kernel: Kernel) -> int:
     torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. In half
     precision small tiles cost up to twice as much; in the others more rows only cost more pairs.
     """
-    if dtype.itemsize > 2 or not kernel.splits_groups:
+    if kernel.takes_all_keys:
+        return 256
+    if dtype.itemsize > 2:
         return 160
     return max(192, -(-768 // group)) if group > 2 else 192
 
@@ -70,13 +78,13 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike. Or, in
-    a shard, one noisy block that begins at start = stop.
+    a shard, one noisy block that begins at start = stop. Sequences with fewer noisy rows than others have padding.
 
     No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
     either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
 
     ``sequences``: int64 [n], rising. ``first_row``: place of its rows (sequence by sequence, noisy rows, then clean
-    ones) in the plan's order.
+    ones) in the plan's order. ``joined``: tokens of the prefix that are taken with the chunk's own rows: all or none.
     """
 
     sequences: Tensor
@@ -85,16 +93,11 @@ class _Chunk:
     stop: int
     first_row: int
     num_noisy_rows: int
-
-    @property
-    def joined(self) -> int:
-        """Tokens of the prefix that are taken with the chunk's own rows: all or none."""
-        prefix = self.start - self.document_start
-        return prefix if prefix <= JOINED_PREFIX else 0
+    joined: int
 
     @property
     def has_long_prefix(self) -> bool:
-        return self.start - self.document_start > JOINED_PREFIX
+        return self.start - self.document_start > self.joined
 
     @property
     def num_rows(self) -> int:
@@ -110,33 +113,50 @@ class _Chunk:
 class _ChunkRows:
     """Which rows of a tensor the chunks take, in which order.
 
-    ``rows`` int64 [rows in chunks]: s * B + b, chunk by chunk. ``num_rows``: S * B. ``others`` int64: the rows in no
-    chunk.
+    ``rows`` int64 [rows in chunks]: s * B + b, chunk by chunk; where there is padding, some row of the same sequence
+    and chunk. ``is_padding`` bool [rows in chunks]; None: none is. ``num_rows``: S * B. ``others`` int64: the rows in
+    no chunk.
     """
 
     chunks: list[_Chunk]
     rows: Tensor
+    is_padding: Tensor | None
     num_rows: int
     others: Tensor
-    _elements: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _elements: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def elements(self, num_heads: int) -> tuple[Tensor, Tensor]:
-        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); and its
-        inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one."""
+    def elements(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); its
+        inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one; and which of
+        the first are padding."""
         if num_heads not in self._elements:
             heads = torch.arange(num_heads)[:, None]
-            of_chunks = self.rows.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
-            elements = torch.cat([
-                (rows.view(-1, 1, chunk.num_rows) * num_heads + heads).flatten()
-                for chunk, rows in zip(self.chunks, of_chunks, strict=True)
-            ])  # fmt: skip
-            inverse = torch.full((self.num_rows * num_heads,), elements.numel() - 1)
-            self._elements[num_heads] = elements, inverse.scatter_(0, elements, torch.arange(elements.numel()))
+            elements = self._of_heads(self.rows, lambda rows: rows * num_heads + heads)
+            places = torch.arange(len(elements))
+            padding = places[:0]
+            inverse = torch.full((self.num_rows * num_heads,), len(elements) - 1)
+            if self.is_padding is None:
+                inverse.scatter_(0, elements, places)
+            else:
+                is_padding = self._of_heads(self.is_padding, lambda rows: rows.expand(-1, num_heads, -1))
+                padding, needed = is_padding.nonzero().squeeze(1), (~is_padding).nonzero().squeeze(1)
+                inverse.scatter_(0, elements[needed], needed)
+            self._elements[num_heads] = elements, inverse, padding
         return self._elements[num_heads]
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`."""
-        return x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, self.elements(x.shape[1])[0])
+    def _of_heads(self, x: Tensor, to_heads: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` [rows in chunks], each chunk's as [n, 1, R] through ``to_heads``, which gives [n, heads, R]."""
+        of_chunks = x.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
+        return torch.cat([
+            to_heads(rows.view(-1, 1, chunk.num_rows)).flatten()
+            for chunk, rows in zip(self.chunks, of_chunks, strict=True)
+        ])  # fmt: skip
+
+    def gather(self, x: Tensor, *, is_gradient: bool = False) -> Tensor:
+        """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`; 0 on padding of a gradient."""
+        elements, _, padding = self.elements(x.shape[1])
+        gathered = x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, elements)
+        return gathered.index_fill_(0, padding, 0.0) if is_gradient and len(padding) > 0 else gathered
 
     def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
         """Inverse of :meth:`gather`, in Megatron's memory order; 0 on rows of no chunk."""
@@ -166,7 +186,7 @@ class _ChunkPlan:
         self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel: Kernel
     ) -> Iterator[tuple[_Chunk, Tensor, int]]:
         """Each chunk, its additive mask [G / P * R, joined + R] (or [n * K, 1, G / P * R, joined + R]), and P, the
-        parts its groups are taken in."""
+        parts its groups are taken in. Of a kernel that takes all keys, the mask is that of its own rows alone."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, where that is wanted.
         wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
@@ -179,7 +199,7 @@ class _ChunkPlan:
         key = (num_heads, num_kv_heads, num_threads, dtype)
         if key not in self._masks:
             self._masks[key] = [
-                _additive(allowed, chunk.joined, group // parts, num_kv_heads, dtype)
+                _additive(allowed, 0 if kernel.takes_all_keys else chunk.joined, group // parts, num_kv_heads, dtype)
                 for chunk, allowed, parts in zip(self.chunks, self.allowed, all_parts, strict=True)
             ]
         yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
@@ -187,8 +207,9 @@ class _ChunkPlan:
 
 @cached_by_layout
 @torch.inference_mode(False)
-def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int) -> _ChunkPlan:
-    """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
+def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int, joined_prefix: int) -> _ChunkPlan:
+    """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer. Prefixes of at most
+    ``joined_prefix`` tokens are taken with a chunk's own rows."""
     table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
     length = layout.num_clean_rows
     is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
@@ -206,79 +227,138 @@ def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int) -> 
         crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
         num_copies.scatter_add_(1, noisy_places, is_noisy.long())
     boundaries = crossings.cumsum(1)[:, : length + 1] == 0
+    noisy_before = F.pad(num_copies.cumsum(1), (1, 0))
 
-    # Chunks of several sequences that have the same shape are one: fewer and longer calls.
-    alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # (sequence, number of the chunk)
+    # Chunks of several sequences that stand for the same tokens are one: fewer and longer calls.
+    alike: dict[tuple[int, int, int, int], list[_Member]] = {}
     num_found = 0
-    chunk_of_row = torch.full(table.blocks.shape, -1)  # by that number; -1 for padding
+    chunk_of_row = torch.full(table.blocks.shape, -1)  # by number of the member; -1 for padding
 
-    def add(sequence: int, *shape: int) -> None:
+    def add(sequence: int, num_noisy_rows: int, document_start: int, start: int, stop: int) -> None:
         nonlocal num_found
         copy = 0  # of the same block in the same sequence: a chunk has one of each sequence
-        while (copy, *shape) in alike and alike[copy, *shape][-1][0] == sequence:
+        while (key := (copy, document_start, start, stop)) in alike and alike[key][-1].sequence == sequence:
             copy += 1
-        alike.setdefault((copy, *shape), []).append((sequence, num_found))
+        alike.setdefault(key, []).append(_Member(sequence, num_noisy_rows, num_found))
         num_found += 1
 
-    for sequence in range(num_sequences):
-        copies, documents = num_copies[sequence].numpy(), document_starts[sequence].tolist()
-        noisy_before = np.concatenate([[0], copies.cumsum()]).tolist()
-        of_noisy, of_clean = chunk_of_row[sequence].split([num_noisy, length])
+    for together in _alike(document_starts):
+        documents = document_starts[together[0]]
+        # Ends that suit all of them: where none has a block, at their mean number of rows.
+        may_end = boundaries[together].all(0).numpy()
+        mean_before = noisy_before[together].double().mean(0).tolist()
         first = 0  # number of the range's first clean row
         for range_start, range_stop in ranges:
             last = first + range_stop - range_start
-            begins_document = document_starts[sequence, first:last].numpy() == np.arange(range_start, range_stop)
-            ends = _chunk_ends(
-                boundaries[sequence, first : last + 1].numpy(),
-                begins_document,
-                noisy_before[first : last + 1],
-                chunk_rows,
-            )
+            begins_document = documents[first:last].numpy() == np.arange(range_start, range_stop)
+            ends = _chunk_ends(may_end[first : last + 1], begins_document, mean_before[first : last + 1], chunk_rows)
             for start, stop in zip([0, *ends], ends, strict=False):
-                num_noisy_rows = noisy_before[first + stop] - noisy_before[first + start]
-                of_clean[first + start : first + stop] = num_found
-                add(sequence, documents[first + start], range_start + start, range_start + stop, num_noisy_rows)
+                counts = (noisy_before[together, first + stop] - noisy_before[together, first + start]).tolist()
+                for sequence, num_noisy_rows in zip(together, counts, strict=True):
+                    chunk_of_row[sequence, num_noisy + first + start : num_noisy + first + stop] = num_found
+                    document_start = int(documents[first + start])
+                    add(sequence, num_noisy_rows, document_start, range_start + start, range_start + stop)
             first = last
+    for sequence in range(num_sequences if num_noisy else 0):
+        of_noisy, of_clean = chunk_of_row[sequence].split([num_noisy, length])
         rows = is_noisy[sequence].nonzero().squeeze(1)
         if is_shard:
-            _, members, sizes = table.blocks[sequence, rows].unique_consecutive(return_inverse=True, return_counts=True)
-            of_noisy[rows] = num_found + members
+            _, numbers_of_blocks, sizes = table.blocks[sequence, rows].unique_consecutive(
+                return_inverse=True, return_counts=True
+            )
+            of_noisy[rows] = num_found + numbers_of_blocks
             first_rows = rows[sizes.cumsum(0) - sizes]
             starts, stops = (
                 table.first_keys[sequence, first_rows].tolist(),
                 table.end_keys[sequence, first_rows].tolist(),
             )
             for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
-                add(sequence, document_start, start, start, size)
+                add(sequence, size, document_start, start, start)
         else:
             of_noisy[rows] = of_clean[noisy_places[sequence, rows]]
-    chunks: list[_Chunk] = []
-    ranks = torch.empty(num_found, dtype=torch.int64)  # of (chunk, sequence) in the plan's order
-    first_row = num_ranked = 0
-    for (_, document_start, start, stop, num_noisy_rows), members_alike in alike.items():
-        sequences, numbers = torch.tensor(members_alike).unbind(1)
-        chunks.append(_Chunk(sequences, document_start, start, stop, first_row, num_noisy_rows))
-        first_row += len(members_alike) * chunks[-1].num_rows
-        ranks[numbers] = torch.arange(num_ranked, num_ranked + len(members_alike))
-        num_ranked += len(members_alike)
 
-    order = 2 * ranks[chunk_of_row]  # in a chunk noisy rows come first
-    order[:, num_noisy:] += 1
-    order.masked_fill_(chunk_of_row < 0, -1)
-    by_chunk = order.flatten().argsort(stable=True)[order.numel() - first_row :]  # b * S + s, without padding
+    chunks: list[_Chunk] = []
+    numbers: list[int] = []  # of members, in the plan's order
+    first_row = 0
+    for (_, document_start, start, stop), found in alike.items():
+        for members in _padded_alike(found, stop - start):
+            prefix, num_noisy_rows = start - document_start, max(member.num_noisy_rows for member in members)
+            chunk = _Chunk(
+                torch.tensor([member.sequence for member in members]),
+                document_start,
+                start,
+                stop,
+                first_row,
+                num_noisy_rows,
+                prefix if prefix <= joined_prefix else 0,
+            )
+            chunks.append(chunk)
+            numbers += [member.number for member in members]
+            first_row += len(members) * chunk.num_rows
+
+    # Where each row goes: first row of its member, noisy rows before clean ones, then in the order of rows.
+    member_rows = torch.tensor([(chunk.num_noisy_rows, chunk.num_rows) for chunk in chunks for _ in chunk.sequences])
+    member_ends = member_rows[:, 1].cumsum(0)
+    member_starts = member_ends - member_rows[:, 1]
+    bases = torch.stack([member_starts, member_starts + member_rows[:, 0]], dim=1).flatten()  # by 2 * member + is_clean
+    ranks = torch.empty(num_found, dtype=torch.int64).scatter_(0, torch.tensor(numbers), torch.arange(num_found))
+    kinds = 2 * ranks[chunk_of_row]
+    kinds[:, num_noisy:] += 1
+    kinds.masked_fill_(chunk_of_row < 0, -1)
+    num_padding_rows = int((kinds < 0).sum())
+    order = kinds.flatten().argsort(stable=True)[num_padding_rows:]  # b * S + s
+    sorted_kinds = kinds.flatten()[order]
+    num_of_kind = sorted_kinds.bincount(minlength=2 * num_found)
+    places = bases[sorted_kinds] + torch.arange(len(order)) - (num_of_kind.cumsum(0) - num_of_kind)[sorted_kinds]
+    by_chunk = torch.full((first_row,), -1).scatter_(0, places, order)
+    is_padding = None
+    if len(order) < first_row:
+        is_padding = by_chunk < 0
+        # A member's last row is clean, if it has any; its first is noisy, else.
+        stand_ins = torch.where(by_chunk[member_ends - 1] < 0, by_chunk[member_starts], by_chunk[member_ends - 1])
+        by_chunk = torch.where(is_padding, stand_ins.repeat_interleave(member_rows[:, 1]), by_chunk)
+
     sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
-    padding = order.t().flatten().eq(-1).nonzero().squeeze(1)
-    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, order.numel(), padding)
+    others = kinds.t().flatten().lt(0).nonzero().squeeze(1)
+    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, is_padding, kinds.numel(), others)
     if is_shard:
         key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
         key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
         is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
-        keys = _ChunkRows(chunks, key_rows, num_keys, is_other.nonzero().squeeze(1))
-    return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, layout.clean_length))
+        keys = _ChunkRows(chunks, key_rows, is_padding, num_keys, is_other.nonzero().squeeze(1))
+    return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, is_padding, layout.clean_length))
+
+
+class _Member(NamedTuple):
+    """What one sequence has of a chunk."""
+
+    sequence: int
+    num_noisy_rows: int
+    number: int  # in the order in which they were found
+
+
+def _alike(document_starts: Tensor) -> list[list[int]]:
+    """Sequences with the same documents, of int64 [B, L]."""
+    found: dict[bytes, list[int]] = {}
+    for sequence, starts in enumerate(document_starts):
+        found.setdefault(starts.numpy().tobytes(), []).append(sequence)
+    return list(found.values())
+
+
+def _padded_alike(members: list[_Member], num_clean_rows: int) -> Iterator[list[_Member]]:
+    """Members that are padded to the same number of noisy rows, with little padding; by sequence."""
+    together: list[_Member] = []
+    for member in sorted(members, key=lambda member: -member.num_noisy_rows):
+        largest = together[0].num_noisy_rows if together else 0
+        if largest + num_clean_rows > _LARGEST_PADDING * (member.num_noisy_rows + num_clean_rows):
+            yield sorted(together)
+            together = []
+        together.append(member)
+    yield sorted(together)
 
 
 def _chunk_ends(
-    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[int], chunk_rows: int
+    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[float], chunk_rows: int
 ) -> list[int]:
     """Where one sequence's chunks end.
 
@@ -303,11 +383,16 @@ def _chunk_ends(
     return ends
 
 
-def _allowed_pairs(chunks: list[_Chunk], table: RowTable, rows: Tensor, clean_length: int) -> list[Tensor]:
-    """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk."""
+def _allowed_pairs(
+    chunks: list[_Chunk], table: RowTable, rows: Tensor, is_padding: Tensor | None, clean_length: int
+) -> list[Tensor]:
+    """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk. Padding is a block of its own:
+    nobody sees it, and it sees something."""
     blocks, first_keys, end_keys = (
         x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
     )
+    if is_padding is not None:
+        blocks = blocks.masked_fill(is_padding[:, None], _PADDING_BLOCK)
     places = torch.arange(clean_length, dtype=torch.int32)
     allowed: list[Tensor] = []
     for chunk in chunks:
@@ -342,23 +427,25 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         kernel = kernel_for(query.dtype, layout.clean_length)
-        plan = _chunk_plan(layout, len(query), _chunk_rows(query.dtype, num_heads // num_kv_heads, kernel))
+        chunk_rows = _chunk_rows(query.dtype, num_heads // num_kv_heads, kernel)
+        joined_prefix = layout.clean_length if kernel.takes_all_keys else JOINED_PREFIX
+        plan = _chunk_plan(layout, len(query), chunk_rows, joined_prefix)
         rows = plan.queries.gather(query)
         keys, values = _Keys(plan, key, layout), _Keys(plan, value, layout)
-        out_rows = torch.empty_like(rows)
-        log_sum_exp = rows.new_empty(rows.shape[:1], dtype=_accumulation_dtype(query))
+        outs: list[Tensor] = []
+        log_sums_exp: list[Tensor] = []
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
-            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
-            of_chunk = chunk.of(rows, *fold)
+            of_chunk = chunk.of(rows, num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
             own = keys.own(chunk, parts), values.own(chunk, parts)
-            part, part_lse = kernel.forward(of_chunk, *own, mask, scale)
+            out, log_sum_exp = kernel.forward(of_chunk, *own, mask, scale)
             if chunk.has_long_prefix:
-                prefix = kernel.forward(of_chunk, keys.prefix(chunk, parts), values.prefix(chunk, parts), None, scale)
-                part, part_lse = _merge(part, part_lse, *prefix)
-            chunk.of(out_rows, *fold).copy_(part)
-            chunk.of(log_sum_exp, *fold).copy_(part_lse)
-        out = plan.queries.scatter(out_rows, query)
-        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+                prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
+                out, log_sum_exp = _merge(out, log_sum_exp, *kernel.forward(of_chunk, *prefix, None, scale))
+            outs.append(out.flatten(0, 2))
+            log_sums_exp.append(log_sum_exp.flatten())
+        out = plan.queries.scatter(torch.cat(outs), query)
+        results = () if kernel.takes_all_keys else (out, torch.cat(log_sums_exp))
+        ctx.save_for_backward(query, key, value, *results)
         ctx.layout, ctx.plan, ctx.kernel, ctx.scale = layout, plan, kernel, scale
         return out
 
@@ -366,30 +453,31 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     @unredirected
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sum_exp = ctx.saved_tensors
+        query, key, value, *results = ctx.saved_tensors
         plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        rows, out_rows, grad_out_rows = (plan.queries.gather(x) for x in (query, out, grad_out))
+        rows, grad_out_rows = plan.queries.gather(query), plan.queries.gather(grad_out, is_gradient=True)
+        result_rows = [plan.queries.gather(results[0]), results[1]] if results else []
         keys, values = _Keys(plan, key, ctx.layout), _Keys(plan, value, ctx.layout)
         grad_keys, grad_values = (_KeyGradients(x) for x in (keys, values))
-        grad_rows = torch.empty_like(rows)
+        grad_rows: list[Tensor] = []
         for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
             fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
-            of_chunk, *of_out = (chunk.of(x, *fold) for x in (rows, out_rows, log_sum_exp))
-            grad = chunk.of(grad_out_rows, *fold)
+            grad, of_chunk = chunk.of(grad_out_rows, *fold), chunk.of(rows, *fold)
+            of_results = [chunk.of(x, *fold) for x in result_rows] or [None, None]
             own = keys.own(chunk, parts), values.own(chunk, parts)
-            is_whole = not chunk.has_long_prefix
-            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_out, mask, scale, is_whole)
+            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_results, mask, scale)
             grad_keys.set_own(chunk, of_keys)
             grad_values.set_own(chunk, of_values)
             if chunk.has_long_prefix:
                 prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
-                more_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *prefix, *of_out, None, scale, is_whole)
+                more_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *prefix, *of_results, None, scale)
                 of_rows = of_rows + more_rows
                 grad_keys.add_prefix(chunk, of_keys)
                 grad_values.add_prefix(chunk, of_values)
-            chunk.of(grad_rows, *fold).copy_(of_rows)
-        return plan.queries.scatter(grad_rows, query), grad_keys.total(key), grad_values.total(value), None, None
+            grad_rows.append(of_rows.flatten(0, 2))
+        grad_query = plan.queries.scatter(torch.cat(grad_rows), query)
+        return grad_query, grad_keys.total(key), grad_values.total(value), None, None
 
 
 class _Keys:

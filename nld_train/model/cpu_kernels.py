@@ -1,12 +1,13 @@
 """Attention of a few rows to a few keys on the CPU, forward and backward, in two ways.
 
 :data:`FLASH` is torch's kernel for any dtype. :data:`PRODUCTS` writes the scores out and leaves the work to matrix
-products, which in bf16 are several times as fast as the kernel's small ones. Scores,
-softmax and sums are fp32 in both; the second rounds probabilities to bf16 before they meet the values.
+products, which in bf16 are several times as fast as the kernel's small ones. Scores, softmax and sums are fp32 in both;
+the second rounds probabilities to bf16 before they meet the values.
 
 Dimensions: b sequences and key-value heads, P parts of a group of query heads, R rows, S keys, D head dimension.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,18 +32,21 @@ class Kernel:
     """One way to compute it.
 
     Args:
-        forward: rows [b, P, R, D], keys and values [b, P, S, D] (P may have a stride of 0), additive mask ([R, S],
-            [b, 1, R, S] or None), scale -> output [b, P, R, D] and log-sum-exp [b, P, R], at least fp32.
-        backward: gradient of the output, rows, keys, values, output, log-sum-exp, mask, scale, ``is_whole`` ->
-            gradients of rows, keys and values. Output and log-sum-exp may be those of more keys than these; not so
-            if ``is_whole``.
+        forward: rows [b, P, R, D], keys and values [b, P, S, D] (P may have a stride of 0), additive mask ([R, M] or
+            [b, 1, R, M], of the last M keys: all others are seen; None: all are), scale -> output [b, P, R, D] and
+            log-sum-exp [b, P, R], at least fp32 (empty, of a kernel that takes all keys).
+        backward: gradient of the output, rows, keys, values, output, log-sum-exp (both None if it takes all keys),
+            mask, scale -> gradients of rows, keys and values. Output and log-sum-exp may be those of more keys.
         mask_dtype: of the mask, for inputs of a dtype.
+        takes_all_keys: keys are always all that the rows see: nothing is merged, and the backward pass, which computes
+            the softmax again, reads no result of the forward pass. P is 1 and M may be less than S.
         splits_groups: the backward pass hands out heads to threads, so each thread wants one: P > 1 where b is small.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     mask_dtype: Callable[[torch.dtype], torch.dtype]
+    takes_all_keys: bool
     splits_groups: bool
 
 
@@ -73,18 +77,11 @@ def _flash_backward_of(
     log_sum_exp: Tensor,
     mask: Tensor | None,
     scale: float,
-    is_whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_rows, of_keys, of_values = _flash_backward(
         grad, rows, keys, values, out, log_sum_exp, 0.0, False, attn_mask=mask, scale=scale
     )
     return of_rows, of_keys, of_values
-
-
-def _scores(rows: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """fp32 [b, P, R, S] of fp32 rows and keys that hold bf16 values: no product is rounded."""
-    scores = torch.matmul(rows, keys.mT)
-    return scores.mul_(scale) if mask is None else torch.add(mask, scores, alpha=scale, out=scores)
 
 
 def _parts(num_scores: int, b: int) -> Iterator[slice]:
@@ -93,21 +90,36 @@ def _parts(num_scores: int, b: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, b, step))
 
 
-def _of_mask(mask: Tensor | None, part: slice) -> Tensor | None:
-    return mask if mask is None or mask.dim() == 2 else mask[part]
+def _parts_with_masks(rows: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    for part in _parts(rows.shape[1] * keys.shape[1], len(rows)):
+        yield part, mask if mask is None or mask.dim() == 2 else mask[part, 0]
+
+
+def _exact_factor(scale: float) -> float:
+    """``scale`` if bf16 values can be multiplied by it without rounding, else 1."""
+    return scale if math.frexp(scale)[0] == 0.5 else 1.0
+
+
+def _probabilities(rows: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """fp32 [b, R, S] of bf16 rows [b, R, D] and keys [b, S, D]: no product and no score is rounded to bf16."""
+    scores = torch.bmm(rows.float(), keys.float().mT)
+    if scale != 1.0:
+        scores.mul_(scale)
+    if mask is not None:
+        scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
+    return torch.softmax(scores, dim=-1)
 
 
 def _products(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out = rows.new_empty(rows.shape)
-    log_sum_exp = torch.empty(rows.shape[:-1], dtype=torch.float32)
+    rows, keys, values = (x.squeeze(1) for x in (rows, keys, values))
+    factor = _exact_factor(scale)
+    rows = rows * factor
+    out = torch.empty_like(rows)
     with bf16_operands():
-        for part in _parts(rows[0, ..., 0].numel() * keys.shape[2], len(rows)):
-            scores = _scores(rows[part].float(), keys[part].float(), _of_mask(mask, part), scale)
-            probabilities = torch.softmax(scores, dim=-1)
-            # The largest is exp(0) over the sum.
-            torch.sub(scores.amax(-1), probabilities.amax(-1).log_(), out=log_sum_exp[part])
-            out[part] = torch.matmul(probabilities.to(rows.dtype), values[part])
-    return out, log_sum_exp
+        for part, of_mask in _parts_with_masks(rows, keys, mask):
+            probabilities = _probabilities(rows[part], keys[part], of_mask, scale / factor).to(rows.dtype)
+            torch.bmm(probabilities, values[part], out=out[part])
+    return out[:, None], out.new_empty(0, dtype=torch.float32)
 
 
 def _products_backward(
@@ -115,31 +127,41 @@ def _products_backward(
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
-    out: Tensor,
-    log_sum_exp: Tensor,
+    _out: None,
+    _log_sum_exp: None,
     mask: Tensor | None,
     scale: float,
-    is_whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With probabilities p = exp(s - lse) and d = p (grad values^T - grad . out): see Dao et al., FlashAttention,
-    section 3.1, appendix B.2 (arXiv 2205.14135)."""
-    of_rows, of_keys, of_values = (x.new_empty(x.shape) for x in (rows, keys, values))
+    """With probabilities p, the gradient of the scores is p (dp - sum(p dp)), where dp = grad values^T."""
+    grad, rows, keys, values = (x.squeeze(1) for x in (grad, rows, keys, values))
+    factor = _exact_factor(scale)
+    rows, scale = rows * factor, scale / factor
+    of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
     with bf16_operands():
-        for part in _parts(rows[0, ..., 0].numel() * keys.shape[2], len(rows)):
-            q, k, v, g = (x[part] for x in (rows, keys, values, grad))
-            scores = _scores(q.float(), k.float(), _of_mask(mask, part), scale)
-            # The same, and softmax is faster than exp.
-            p = torch.softmax(scores, dim=-1) if is_whole else scores.sub_(log_sum_exp[part, ..., None]).exp_()
-            of_values[part] = torch.matmul(p.to(g.dtype).mT, g)
-            g = g.float()
-            shared = (g * out[part]).sum(-1, keepdim=True)
-            d = torch.matmul(g, v.float().mT).sub_(shared).mul_(p.mul_(scale)).to(q.dtype)
-            of_rows[part] = torch.matmul(d, k)
-            of_keys[part] = torch.matmul(d.mT, q)
-    return of_rows, of_keys, of_values
+        for part, of_mask in _parts_with_masks(rows, keys, mask):
+            q, k, g = rows[part], keys[part], grad[part]
+            p = _probabilities(q, k, of_mask, scale)
+            torch.bmm(p.to(g.dtype).mT, g, out=of_values[part])
+            d = torch._softmax_backward_data(torch.bmm(g.float(), values[part].float().mT), p, -1, p.dtype)
+            if scale != 1.0:
+                d.mul_(scale)
+            d = d.to(q.dtype)
+            torch.bmm(d, k, out=of_rows[part])
+            torch.bmm(d.mT, q, out=of_keys[part])
+    return of_rows.mul_(factor)[:, None], of_keys[:, None], of_values[:, None]
 
 
-FLASH = Kernel(forward=_flash_of, backward=_flash_backward_of, mask_dtype=lambda dtype: dtype, splits_groups=True)
+FLASH = Kernel(
+    forward=_flash_of,
+    backward=_flash_backward_of,
+    mask_dtype=lambda dtype: dtype,
+    takes_all_keys=False,
+    splits_groups=True,
+)
 PRODUCTS = Kernel(
-    forward=_products, backward=_products_backward, mask_dtype=lambda dtype: torch.float32, splits_groups=False
+    forward=_products,
+    backward=_products_backward,
+    mask_dtype=lambda dtype: torch.float32,
+    takes_all_keys=True,
+    splits_groups=False,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nld_train.model import cpu_kernels
 from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_fast_bf16_products, kernel_for
+from nld_train.platform.cpu import bf16_operands
 
 SCALE = 0.3
 KERNELS = {"flash": FLASH, "products": PRODUCTS}
@@ -32,8 +33,10 @@ def some_mask(b: int | None, rows: int, keys: int) -> Tensor:
     return torch.zeros(shape).masked_fill_(hidden, -math.inf)
 
 
-def written_out(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    scores = SCALE * rows @ keys.mT + (0.0 if mask is None else mask.double())
+def written_out(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float = SCALE
+) -> tuple[Tensor, Tensor]:
+    scores = scale * rows @ keys.mT + (0.0 if mask is None else mask.double())
     return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
@@ -44,10 +47,11 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_scores", [1 << 21, 1])  # all heads at once, and one by one
-@pytest.mark.parametrize("of_mask", ["none", "shared", "own"])
+@pytest.mark.parametrize("of_mask", ["none", "shared", "own", "shared, of the last keys", "own, of the last keys"])
 @pytest.mark.parametrize(
     ("b", "parts", "rows", "keys", "dim"), [(3, 2, 40, 70, 16), (2, 1, 1, 1, 8), (1, 3, 65, 9, 24)]
 )
+@pytest.mark.parametrize("scale", [0.3, 0.25])  # the second is exact in bf16
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_values_and_gradients(
     kernel: Kernel,
@@ -56,31 +60,40 @@ def test_values_and_gradients(
     rows: int,
     keys: int,
     dim: int,
+    scale: float,
     of_mask: str,
     num_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if kernel.takes_all_keys:
+        parts = 1
     monkeypatch.setattr(cpu_kernels, "_SCORES", num_scores)
-    mask = None if of_mask == "none" else some_mask(b if of_mask == "own" else None, rows, keys)
+    num_masked = -(-keys // 3) if of_mask.endswith("last keys") and kernel.takes_all_keys else keys
+    mask = None if of_mask == "none" else some_mask(b if of_mask.startswith("own") else None, rows, num_masked)
     *given, grad = inputs(b, parts, rows, keys, dim)
     exact = [x.double().clone().requires_grad_() for x in given]
-    expected, log_sum_exp = written_out(*exact, mask)
+    whole_mask = None if mask is None else torch.nn.functional.pad(mask, (keys - num_masked, 0))
+    expected, log_sum_exp = written_out(*exact, whole_mask, scale)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
 
     of_kernel = None if mask is None else mask.to(kernel.mask_dtype(torch.bfloat16))
-    out, found_log_sum_exp = kernel.forward(*given, of_kernel, SCALE)
+    out, found_log_sum_exp = kernel.forward(*given, of_kernel, scale)
     assert out.dtype is torch.bfloat16
     assert_near(out, expected)
-    torch.testing.assert_close(found_log_sum_exp.double(), log_sum_exp, rtol=0, atol=1e-4)
-    grads = kernel.backward(grad, *given, out, found_log_sum_exp, of_kernel, SCALE, True)
+    if kernel.takes_all_keys:
+        assert found_log_sum_exp.numel() == 0
+        results: list[Tensor | None] = [None, None]
+    else:
+        torch.testing.assert_close(found_log_sum_exp.double(), log_sum_exp, rtol=0, atol=1e-4)
+        results = [out, found_log_sum_exp]
+    grads = kernel.backward(grad, *given, *results, of_kernel, scale)
     largest = max(x.norm() for x in expected_grads)
     for found, wanted in zip(grads, expected_grads, strict=True):
         assert found.dtype is torch.bfloat16
         assert (found.double() - wanted).norm() <= 6e-3 * max(wanted.norm(), 1e-2 * largest)
 
 
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_gradients_of_a_part_of_the_keys(kernel: Kernel) -> None:
+def test_gradients_of_a_part_of_the_keys() -> None:
     """With the output and the log-sum-exp of all keys, the gradients of two parts are those of the whole."""
     *given, grad = inputs(2, 2, 50, 60, 16)
     rows, keys, values = given
@@ -89,7 +102,7 @@ def test_gradients_of_a_part_of_the_keys(kernel: Kernel) -> None:
     wanted = torch.autograd.grad(expected, exact, grad.double())
     of_all = expected.detach().to(torch.bfloat16), log_sum_exp.detach().float()
     parts = [
-        kernel.backward(grad, rows, keys[:, :, part], values[:, :, part], *of_all, None, SCALE, False)
+        FLASH.backward(grad, rows, keys[:, :, part], values[:, :, part], *of_all, None, SCALE)
         for part in (slice(0, 25), slice(25, 60))
     ]
     assert_near(parts[0][0].double() + parts[1][0].double(), wanted[0])
@@ -107,10 +120,17 @@ def test_products_are_for_short_sequences_in_bf16_alone(monkeypatch: pytest.Monk
     assert kernel_for(torch.bfloat16, 8) is FLASH
 
 
-def test_scores_are_not_rounded_to_bf16() -> None:
+@pytest.mark.parametrize("scale", [0.3, 0.25])
+def test_scores_are_not_rounded_to_bf16(scale: float) -> None:
     """Operands are bf16 values: where a CPU reads them as bf16 nothing is lost, and sums are fp32."""
     rows, keys, _, _ = inputs(1, 1, 64, 64, 64)
-    scores = cpu_kernels._scores(rows.float(), keys.float(), None, SCALE)
-    exact = SCALE * rows.double() @ keys.double().mT
-    assert (scores - exact).abs().max() < 1e-5
+    with bf16_operands():
+        found = cpu_kernels._probabilities(rows[:, 0], keys[:, 0], None, scale)
+    exact = (scale * rows.double() @ keys.double().mT).softmax(-1)[:, 0]
+    assert (found / exact - 1).abs().max() < 1e-4  # scores of up to 30: rounded to bf16 it would be 0.06
     assert isinstance(has_fast_bf16_products(), bool)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(0.25, 0.25), (2.0, 2.0), (0.3, 1.0), (1 / math.sqrt(128), 1.0)])
+def test_rows_are_scaled_where_that_rounds_nothing(scale: float, factor: float) -> None:
+    assert cpu_kernels._exact_factor(scale) == factor
