@@ -43,8 +43,8 @@ class Kernels:
     Args:
         element_bytes: e.
         head_chunk_rows: rows of logits that exist at a time; None: all.
-        head_added_bytes: moved to add a chunk's part to an element of the head's weight gradient, by a kernel of its
-            own; the product has written that part in fp32. None: the product adds to the sum itself.
+        head_product_bytes: of an element of a chunk's part of the head's weight gradient, which a kernel of its own
+            reads and adds to the fp32 sum. None: the product adds to the sum itself.
         adds_in_products: so do the products of all other weight gradients.
         logit_bytes: what the passes over a logit move, without the products that make and read it.
         rope_passes: reads and writes of the rotated elements, forward and backward; 4 where one kernel does it.
@@ -54,21 +54,21 @@ class Kernels:
 
     element_bytes: int = 2
     head_chunk_rows: int | None = 512
-    head_added_bytes: int | None = 12  # the product and the sum are read, the sum is written
+    head_product_bytes: int | None = 4
     adds_in_products: bool = False
-    logit_bytes: int = 44  # 2 read, 4 written; in fp32 maximum, subtraction, exp, sum, scale: 32; 4 read, 2 written
+    logit_bytes: int = 36  # 2 read, 4 written; in fp32 maximum, softmax, its largest, scale: 24; 4 read, 2 written
     rope_passes: int = 4
     repeats_keys: bool = False
     prunes_last_layer: bool = True
 
 
 OURS = Kernels()
-OURS_CPU = Kernels(element_bytes=4, head_chunk_rows=256, head_added_bytes=None, logit_bytes=32)
+OURS_CPU = Kernels(element_bytes=4, head_product_bytes=None, logit_bytes=24)
 """In fp32: the product is added in place, and the logits need no second copy."""
 
 PUBLIC = Kernels(
     head_chunk_rows=None,
-    head_added_bytes=10,  # the product in bf16 and the sum are read, the sum is written
+    head_product_bytes=2,
     # The transposed copy 4 and its gradient 4; to fp32 6, maximum, subtraction, exp, sum, division 32; scale 8, 6 back.
     logit_bytes=60,
     rope_passes=21,  # separate products, rotation by concatenation, sum; and their gradients
@@ -111,7 +111,7 @@ FORMULAS: Mapping[str, tuple[str, str]] = {
     "SwiGLU": ("", "8 e S' F"),
     "head": (
         "6 R h V",
-        f"c V h (2 e + 4 + {OURS.head_added_bytes}) + 3 e R (V + h); public V h (3 e + a) + 3 e R (V + h)",
+        "c V h (2 e + 4 + 4 + 8) + 3 e R (V + h); public V h (2 e + e + a) + 3 e R (V + h)",
     ),
     "cross-entropy": ("", f"{OURS.logit_bytes} R V; public {PUBLIC.logit_bytes} R V"),
     "optimizer": ("", "(4 + 34 / d) P a step, d / batch of it for a sequence"),
@@ -163,8 +163,9 @@ def step_cost(
     repeated = every * size * dim * (10 * heads - 2 * groups) if kernels.repeats_keys else 0
     chunks = 1 if kernels.head_chunk_rows is None else math.ceil(weighted / share / kernels.head_chunk_rows)
     of_chunks = chunks * share * vocabulary * hidden  # weights that all chunks read, and gradients that they write
-    head_written = 8 if kernels.head_added_bytes is None else size if kernels.head_chunk_rows is None else 4
-    head_added = of_chunks * (kernels.head_added_bytes or 0)
+    head_written, head_added = 8, 0.0
+    if kernels.head_product_bytes is not None:
+        head_written, head_added = kernels.head_product_bytes, (kernels.head_product_bytes + 8) * of_chunks
     embedded = vocabulary * hidden * share
     parameters = num_parameters(model, ParallelConfig(), 0)
     shards = data_parallel_size

@@ -22,6 +22,7 @@ from nld_train.config.schema import (
     Precision,
     Recompute,
 )
+from nld_train.model.embedding import TokenEmbedding
 from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
 from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules, decoder_layer_spec, decoder_spec
 from nld_train.model.rope import RotaryEmbedding
@@ -168,6 +169,16 @@ class NLDModel(GPTModel):
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        if pre_process:
+            stock = self.embedding.word_embeddings
+            self.embedding.word_embeddings = TokenEmbedding(
+                num_embeddings=stock.num_embeddings,
+                embedding_dim=stock.embedding_dim,
+                init_method=config.init_method,
+                reduce_scatter_embeddings=stock.reduce_scatter_embeddings,
+                config=config,
+                tp_group=stock.tp_group,
+            )
         if post_process:
             self.output_layer = LossHead(config, model.vocab_size)
 

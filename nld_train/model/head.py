@@ -20,11 +20,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nld_train.model.main_grad import added_to_main_grad, main_grad
 from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # rows of logits that exist at a time
-_PRODUCT_ROWS = 8192  # vocabulary rows of a weight gradient's product that exist at a time, on CUDA
+CHUNK_ROWS = 512  # rows of logits that exist at a time
+_PRODUCT_ROWS = 8192  # vocabulary rows of a half-precision weight gradient's product that exist at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,32 +77,33 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _add_weight_gradient(total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor) -> None:
-    """total [V/tp, H] += grad_logits.T @ hidden, without rounding the product to less than ``total`` holds.
+def _add_weight_gradient(
+    total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor, *, is_rounded_again: bool
+) -> None:
+    """total [V/tp, H] += grad_logits.T @ hidden.
+
+    Half-precision operands are multiplied as they are. On CUDA the product's fp32 sums are added. On the CPU torch
+    rounds them to half precision first, as it does for every other layer: that is the error of a gradient computed at
+    once. A total that will be rounded again gets them unrounded, at twice the time.
 
     Args:
         total: fp32 (fp64 for fp64 operands), updated in place.
         grad_logits: [rows, V/tp], in the dtype of ``total``.
-        rounded: the same in the dtype of ``hidden``, which the CUDA kernel reads.
+        rounded: the same in the dtype of ``hidden``.
         hidden: [rows, H].
+        is_rounded_again: ``total`` will be.
     """
     if hidden.dtype == total.dtype:
         total.addmm_(grad_logits.t(), hidden)
-    elif hidden.device.type == "cpu":
+    elif hidden.device.type == "cpu" and is_rounded_again:
         with bf16_operands() if hidden.dtype is torch.bfloat16 else nullcontext():
             total.addmm_(grad_logits.t(), hidden.to(total.dtype))
     else:
-        # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums of a bf16 product; it cannot add to its result.
+        # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums; it cannot add to its result.
+        kept: dict[str, Any] = {} if hidden.device.type == "cpu" else {"out_dtype": total.dtype}
         for start in range(0, total.shape[0], _PRODUCT_ROWS):
             part = slice(start, start + _PRODUCT_ROWS)
-            total[part].add_(torch.mm(rounded[:, part].t(), hidden, out_dtype=total.dtype))
-
-
-def _main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Megatron's gradient buffer; None for a parameter outside of DistributedDataParallel, or for another dtype."""
-    if not hasattr(weight, "main_grad") or weight.main_grad.dtype != dtype:
-        return None
-    return weight.main_grad
+            total[part].add_(torch.mm(rounded[:, part].t(), hidden, **kept))
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:
@@ -124,9 +126,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     With several tensor-parallel ranks each holds V/tp rows of ``weight``; maximum, normaliser and target logit are
     reduced over ``group``, and so is the gradient of ``hidden`` (once, after all chunks).
 
-    The gradient of ``weight`` goes straight to Megatron's ``weight.main_grad``. Then Megatron wants to see some
-    ``weight.grad`` (its hook counts parameters whose gradient is ready) and, by ``grad_added_to_main_grad``, not to add
-    it: an empty sparse tensor is one without memory.
+    The gradient of ``weight`` goes straight to Megatron's ``weight.main_grad``.
     """
 
     @staticmethod
@@ -148,25 +148,27 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         is_correct = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
         weights = weights.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = main_grad = None
+        grad_weight = in_main_grad = None
         if needs_grad and weight.requires_grad:
-            grad_weight = main_grad = _main_grad(weight, compute_dtype)
+            grad_weight = in_main_grad = main_grad(weight, compute_dtype)
             if grad_weight is None:
                 grad_weight = torch.zeros(weight.shape, dtype=compute_dtype, device=weight.device)
-        chunk = CHUNK_ROWS[hidden.device.type]
-        for start in range(0, num_rows, chunk):
-            rows = slice(start, min(start + chunk, num_rows))
+        for start in range(0, num_rows, CHUNK_ROWS):
+            rows = slice(start, min(start + CHUNK_ROWS, num_rows))
             logits = (hidden[rows] @ weight.t()).to(compute_dtype)
             local_targets = targets[rows] - first_vocab_id
             is_local = (local_targets >= 0) & (local_targets < num_local)
             local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-            maximum = logits.amax(dim=1, keepdim=True)
+            maximum = local_maximum = logits.amax(dim=1)
             if group is not None:
+                maximum = maximum.clone()
                 dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-            logits.sub_(maximum)
-            target_logits = torch.where(is_local, logits.gather(1, local_targets).squeeze(1), 0.0)
-            probabilities = logits.exp_()  # unnormalised until the division below
-            sums = torch.stack([probabilities.sum(dim=1), target_logits])
+            target_logits = logits.gather(1, local_targets).squeeze(1) - maximum
+            target_logits = torch.where(is_local, target_logits, 0.0)
+            # Softmax of this rank's logits, in place; the sum it has divided by is one over the largest.
+            probabilities = torch.softmax(logits, dim=1, out=logits)
+            local_sum = (local_maximum - maximum).exp() / probabilities.amax(dim=1)
+            sums = torch.stack([local_sum, target_logits])
             if group is not None:
                 dist.all_reduce(sums, group=group)
             row_losses[rows] = sums[0].log() - sums[1]
@@ -174,21 +176,24 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 # d loss / d logits = weight * (softmax - onehot). A row whose loss is not finite has a gradient that
                 # is not (a logit of the target that overflows to -inf would not see to it): the norm tells all ranks.
-                scale = torch.where(row_losses[rows].isfinite(), weights[rows] / sums[0], math.nan)
+                scale = torch.where(row_losses[rows].isfinite(), weights[rows] * (local_sum / sums[0]), math.nan)
                 probabilities.mul_(scale.unsqueeze(1))
                 probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
                 rounded = probabilities.to(hidden.dtype)
                 torch.mm(rounded, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
-                    _add_weight_gradient(grad_weight, probabilities, rounded, hidden[rows])
+                    is_rounded_again = in_main_grad is None
+                    _add_weight_gradient(
+                        grad_weight, probabilities, rounded, hidden[rows], is_rounded_again=is_rounded_again
+                    )
                 del rounded
             del logits, probabilities  # before those of the next chunk are made
         if grad_hidden is not None:
             if group is not None and reduces_grad:
                 dist.all_reduce(grad_hidden, group=group)
-            ctx.save_for_backward(grad_hidden, None if main_grad is not None else grad_weight)
+            ctx.save_for_backward(grad_hidden, None if in_main_grad is not None else grad_weight)
             ctx.weight = weight
-            ctx.is_in_main_grad = main_grad is not None
+            ctx.is_in_main_grad = in_main_grad is not None
         ctx.mark_non_differentiable(row_losses, is_correct)
         return (row_losses * weights).sum(), row_losses, is_correct
 
@@ -199,8 +204,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         weight = ctx.weight
         if ctx.is_in_main_grad:
             _require_unit_gradient(grad_loss)
-            weight.grad_added_to_main_grad = True
-            grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
+            grad_weight = added_to_main_grad(weight)
         else:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
             if grad_weight is not None:

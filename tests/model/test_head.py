@@ -42,7 +42,7 @@ def give_main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 50])
 def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 8)  # several chunks, and rows that do not fill the last
+    monkeypatch.setattr(head, "CHUNK_ROWS", 8)  # several chunks, and rows that do not fill the last
     arguments = inputs(rows, 37, 12, torch.float64)
     loss, row_losses, _ = fused_linear_cross_entropy(*arguments)
     (2.5 * loss).backward()
@@ -77,7 +77,7 @@ def test_a_row_whose_loss_is_not_finite_has_a_gradient_that_is_not() -> None:
 def test_main_grad_collects_the_gradients_of_two_micro_batches(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ) -> None:
-    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 8)
+    monkeypatch.setattr(head, "CHUNK_ROWS", 8)
     hidden, weight, targets, weights = inputs(50, 37, 12, dtype)
     buffer = give_main_grad(weight, dtype)
     parts = [slice(0, 20), slice(20, 50)]
@@ -133,7 +133,7 @@ def test_bf16_error_is_within_that_of_naive_bf16(
     monkeypatch: pytest.MonkeyPatch, has_main_grad: bool, seed: int
 ) -> None:
     """With main_grad the weight's gradient is never rounded to bf16; else it is rounded once, as the naive one's."""
-    monkeypatch.setitem(head.CHUNK_ROWS, "cpu", 32)
+    monkeypatch.setattr(head, "CHUNK_ROWS", 32)
     exact = inputs(300 + seed, 50, 16, torch.float64)
     naive(*exact)[0].backward()
     errors = {}

@@ -153,8 +153,8 @@ def levers(size: Size, machine: Machine) -> dict[str, float]:
         "layers' gradients added to their sums by the products": saved(replace(OURS, adds_in_products=True)),
         "cross-entropy in one kernel": saved(replace(OURS, logit_bytes=fused)),
         "head in chunks of 2048 rows": saved(replace(OURS, head_chunk_rows=2048)),
-        "head's gradient added to its sum by the product": saved(replace(OURS, head_added_bytes=None)),
-        "all three of the head": saved(replace(OURS, logit_bytes=fused, head_chunk_rows=2048, head_added_bytes=None)),
+        "head's gradient added to its sum by the product": saved(replace(OURS, head_product_bytes=None)),
+        "all three of the head": saved(replace(OURS, logit_bytes=fused, head_chunk_rows=2048, head_product_bytes=None)),
     }
 
 

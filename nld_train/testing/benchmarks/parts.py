@@ -61,8 +61,7 @@ def parts_cases(device: torch.device) -> list[PartsCase]:
         work = replace(public_workload(length, STEP_RECIPE.block_size), weighted_rows=1.5 * length)
         for dtype in (torch.float32, torch.bfloat16):
             if device.type == "cpu":
-                is_bf16 = dtype is torch.bfloat16
-                kernels = replace(OURS_CPU, element_bytes=2, logit_bytes=44) if is_bf16 else OURS_CPU
+                kernels = replace(OURS, head_product_bytes=2) if dtype is torch.bfloat16 else OURS_CPU
             else:
                 kernels = replace(OURS, element_bytes=dtype.itemsize)
             cases.append(
