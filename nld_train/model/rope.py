@@ -100,14 +100,22 @@ class RotaryEmbedding:
             )
         if layout.table is None:
             tables = self.tables(layout.clean_length, query.device, query.dtype)
-            cos, sin, query_scale = tables.cos[:, None], tables.sin[:, None], tables.query_scale
+            cos, sin = tables.cos[:, None], tables.sin[:, None]
+        else:
+            tables = self.row_tables(layout.table, layout.clean_length, query.dtype)
+            cos, sin = tables.cos, tables.sin
+        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+        return self.scale(query, layout), key
+
+    def scale(self, query: Tensor, layout: SequenceLayout) -> Tensor:
+        """Query [S, B, H, D], scaled; itself where all factors are 1."""
+        if layout.table is None:
+            query_scale = self.tables(layout.clean_length, query.device, query.dtype).query_scale
             if query_scale is not None:
                 query_scale = query_scale.repeat(layout.num_halves)[:, None]
         else:
-            tables = self.row_tables(layout.table, layout.clean_length, query.dtype)
-            cos, sin, query_scale = tables.cos, tables.sin, tables.query_scale
-        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
-        return query if query_scale is None else query * query_scale[:, :, None, None], key
+            query_scale = self.row_tables(layout.table, layout.clean_length, query.dtype).query_scale
+        return query if query_scale is None else query * query_scale[:, :, None, None]
 
 
 class _Rotate(torch.autograd.Function):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -30,14 +32,29 @@ def _additive_mask(layout: SequenceLayout, device: torch.device, dtype: torch.dt
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
 
 
+@cached_by_layout
+def _angles(layout: SequenceLayout, inverse_frequencies: Tensor, device: torch.device) -> Tensor:
+    """fp32 [S, B, 1, D], or [S, 1, 1, D] without a table: what Megatron's rotary embedding hands to its layers."""
+    if layout.table is None:
+        positions = torch.arange(layout.clean_length, device=device).repeat(layout.num_halves)[:, None]
+    else:
+        positions = layout.table.position_ids.t()
+    angles = positions[..., None].float() * inverse_frequencies.to(device)
+    return torch.cat([angles, angles], dim=-1)[:, :, None]
+
+
 class _RepeatedAttention(DecoderAttention):
-    """One attention over all S rows under the dense mask, with keys and values repeated for the heads of a group."""
+    """One attention over all S rows under the dense mask, with keys and values repeated for the heads of a group, and
+    Megatron's own rotary embedding (unfused), which takes sine and cosine in every layer."""
 
     def forward(self, *args: Any, attention_bias: Any = None, **_: Any) -> Tensor:
         """[S, B, H] of [S, B, heads, D], all of whose rows go on."""
         query, key, value = args[:3]
         layout = attention_bias.layout
-        query, key = self.rotary.apply(query, key, layout)
+        angles = _angles(layout, self.rotary.inverse_frequencies, query.device)
+        factor = self.rotary.attention_factor
+        query, key = (apply_rotary_pos_emb(x, angles, self.config, mscale=factor) for x in (query, key))
+        query = self.rotary.scale(query, layout)
         group = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
         is_causal = layout.is_causal
@@ -53,12 +70,17 @@ class PublicRecipeModel(NLDModel):
     values, all rows through the whole last layer and the head, all logits as [B, S, V], their cross-entropy in fp32,
     and only then the choice of the rows that count.
 
-    Its embedding, layers, rotary embedding, noise and engine are ours, so that a ratio shows these differences alone.
+    Its embedding and rotary embedding are Megatron's own; its layers (norm and SwiGLU among them), noise and engine are
+    ours, so that a ratio shows these differences alone.
     """
 
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         config = transformer_config(model, ParallelConfig(), dtype)
         super().__init__(config, model, AttentionBackend.dense, vp_stage=None)
+        stock = LanguageModelEmbedding(
+            config, model.vocab_size, model.max_position_embeddings, position_embedding_type="none"
+        )
+        self.embedding.word_embeddings = stock.word_embeddings
         for layer in self.decoder.layers:
             core = layer.self_attention.core_attention
             layer.self_attention.core_attention = _RepeatedAttention(
