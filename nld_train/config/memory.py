@@ -29,7 +29,7 @@ PARTS = {
     "workspace": "for a moment: a chunk of logits, or gradients inside a layer",
 }
 _BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
-_HEAD_CHUNK_ROWS = 512  # model.head on CUDA
+_HEAD_CHUNK_ROWS = 512  # model.head
 _HEAD_PRODUCT_ROWS = 8192
 
 
@@ -242,25 +242,25 @@ class _Layer:
         if recompute is Recompute.full:
             return Counter({"inputs": size * self.hidden * self.shard})
         after, after_shard = (self.selected, self.selected_shard) if is_last else (self.rows, self.shard)
-        projected = self.rows * (self.heads + 2 * self.groups) * self.dim
         queries = self.rows * self.heads * self.dim
         out = after * self.heads * self.dim  # read by the output projection
         inside = 3 * after * self.ffn // self.tensor  # gate and up; silu(gate) * up
-        if recompute is Recompute.selective:  # attention cores keep their inputs alone
+        if recompute is Recompute.selective:  # attention cores keep their inputs alone: parts of what was projected
+            projected = self.rows * (self.heads + 2 * self.groups) * self.dim
             return Counter({
                 "norms": self.norm(self.shard) + self.norm(after_shard),
                 "attention": size * (self.hidden * self.shard + projected + queries + out),
                 "mlp": size * (self.hidden * after_shard + inside),
             })  # fmt: skip
-        keys = self.rows * self.groups * self.dim  # rotated; values are a part of what was projected
+        keys = 2 * self.rows * self.groups * self.dim  # and values
         whole_out = queries if is_last else 0  # before the rows were chosen
         if self.is_shared:
             # Every clean key and value and the own noisy ones, laid out anew; the output in groups of heads and whole.
-            projected, keys = 0, 2 * (self.noisy + self.clean_keys) * self.groups * self.dim
+            keys = 2 * (self.noisy + self.clean_keys) * self.groups * self.dim
             whole_out = queries
         return Counter({
             "norms": self.norm(self.shard) + self.norm(after_shard),
-            "attention": size * (self.hidden * self.shard + projected + queries + keys + whole_out + out)
+            "attention": size * (self.hidden * self.shard + queries + keys + whole_out + out)
             + 4 * self.heads * self.rows,
             "mlp": size * (self.hidden * after_shard + inside),
         })  # fmt: skip
@@ -271,7 +271,7 @@ class _Layer:
             return Counter()
         again = self.kept(Recompute.none, is_last=is_last)
         if recompute is Recompute.selective:
-            core = self.size * self.rows * (self.heads + self.groups) * self.dim + 4 * self.heads * self.rows
+            core = self.size * self.rows * (self.heads + 2 * self.groups) * self.dim + 4 * self.heads * self.rows
             return Counter({"attention": core})
         again["norms"] -= self.size * self.hidden * self.shard  # the layer's input, which is there already
         return again

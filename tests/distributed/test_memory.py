@@ -181,7 +181,7 @@ def test_the_peak(one_rank: RankPool, stage: str, precision: Precision, recomput
     case, work = step_case(model, precision, alpha=alpha, fraction=fraction, micro_batch_size=2, length=256)
     parallel = ParallelConfig(recompute_granularity=recompute)
     (rank,) = estimate_memory(
-        model, parallel, precision, work, micro_batch_size=2, data_parallel_size=1, head_chunk_rows=CHUNK_ROWS["cpu"]
+        model, parallel, precision, work, micro_batch_size=2, data_parallel_size=1, head_chunk_rows=CHUNK_ROWS
     )
     counted = one_rank.run(live_peak, case, parallel, parallel=parallel)
     assert rank.total == pytest.approx(counted, rel=0.15)
