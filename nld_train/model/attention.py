@@ -75,7 +75,9 @@ def joint_attention(
     """
     if backend is AttentionBackend.dense:
         return dense_attention(query, key, value, layout, softmax_scale)
-    if layout.is_causal and (backend is AttentionBackend.flex or query.shape[1] == key.shape[1]):
+    # In fp32 torch has no such kernel on a GPU for fewer key heads than query heads: it would write out all scores.
+    is_fast = query.shape[1] == key.shape[1] or (backend is AttentionBackend.flex and query.dtype is not torch.float32)
+    if layout.is_causal and is_fast:
         return causal_attention(query, key, value, softmax_scale)
     if backend is AttentionBackend.chunked:
         return chunked_attention(query, key, value, layout, softmax_scale)
@@ -109,7 +111,8 @@ def flex_attention(
 
 @cache
 def _compiled_flex_attention(*, dynamic: bool) -> Any:
-    return torch.compile(flex.flex_attention, dynamic=dynamic)
+    # fullgraph: where the compiler gives up torch would go on without it, and write out all scores.
+    return torch.compile(flex.flex_attention, dynamic=dynamic, fullgraph=True)
 
 
 class JointAttention(MegatronModule):

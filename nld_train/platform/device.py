@@ -85,6 +85,16 @@ def _import_error() -> str:
     return "Megatron-Core does not find in it what it needs"
 
 
+def missing_libraries(platform: Platform) -> list[str]:
+    """What a GPU's run goes without, one line each, and why."""
+    lines = []
+    if not platform.has_transformer_engine:
+        lines.append(f"Transformer Engine is not here, so its layers and FP8 are not looked at: {_import_error()}")
+    if not platform.has_apex:
+        lines.append("NVIDIA Apex is not here, so its fused kernels are not looked at")
+    return lines
+
+
 def check_layer_spec(config: Config, platform: Platform) -> None:
     """What ``model.layer_spec`` and ``train.precision`` ask for is here.
 
@@ -107,6 +117,17 @@ def check_layer_spec(config: Config, platform: Platform) -> None:
         problem = Problem("train.precision", f"fp8, but {name} has no FP8 products", "use train.precision=bf16")
     if problem is not None:
         raise ConfigError([problem])
+
+
+_COMPILED_GRAPHS = 64
+
+
+def _let_compile() -> None:
+    """Of one function more graphs than torch's 8, at which a run would end: a stage, its validation without gradients,
+    and every shape that is not counted as the same want one each."""
+    from torch._dynamo import config  # heavy
+
+    config.recompile_limit = max(config.recompile_limit, _COMPILED_GRAPHS)
 
 
 def initialize_device(choice: Device) -> Platform:
@@ -140,6 +161,7 @@ def initialize_device(choice: Device) -> Platform:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        _let_compile()
         backend = "nccl"
     else:
         device = torch.device("cpu")

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nld_train.config.schema import AttentionBackend, RopeConfig
 from nld_train.errors import ConfigError
+from nld_train.model import attention as attention_module
 from nld_train.model import chunked_attention as chunked_module
 from nld_train.model.attention import (
     JointAttention,
@@ -776,3 +777,18 @@ def test_backends_are_resolved_by_device():
     query, key, value, _ = make_inputs(layout, 1, 2, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"auto.* not resolved"):
         joint_attention(query, key, value, layout, auto)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_heads", "is_torch"),
+    [(torch.bfloat16, 2, True), (torch.float32, 2, False), (torch.float32, 4, True), (torch.float64, 2, True)],
+)
+def test_whose_kernel_the_plain_causal_mask_has_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, key_heads: int, is_torch: bool
+) -> None:
+    """In fp32 torch's own way with fewer key heads than query heads is to write out all scores."""
+    monkeypatch.setattr(attention_module, "causal_attention", lambda *_: "torch")
+    monkeypatch.setattr(attention_module, "flex_attention", lambda *_: "flex")
+    query, key = torch.zeros(1, 4, 8, 16, dtype=dtype), torch.zeros(1, key_heads, 8, 16, dtype=dtype)
+    found = joint_attention(query, key, key, SequenceLayout(8, 4, has_noisy_half=False), AttentionBackend.flex)
+    assert found == ("torch" if is_torch else "flex")

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from nld_train.config.schema import Config, LayerSpec, Precision
+from nld_train.config.schema import Config, Device, LayerSpec, Precision
 from nld_train.errors import ConfigError
-from nld_train.platform.device import Platform, check_layer_spec, peak_tflops
+from nld_train.platform.device import Platform, check_layer_spec, initialize_device, missing_libraries, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,20 @@ def test_transformer_engine_that_is_not_there(
     config.model.layer_spec = LayerSpec.transformer_engine
     with pytest.raises(ConfigError, match=found) if found is not None else nullcontext():
         check_layer_spec(config, here)
+
+
+def test_on_a_gpu_functions_may_have_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as they are, with fullgraph, one more than the limit ends the run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert initialize_device(Device.cuda).is_cuda
+        assert torch._dynamo.config.recompile_limit >= 64
+
+
+def test_what_is_not_installed_is_said() -> None:
+    lines = missing_libraries(platform("cuda", has_transformer_engine=False))
+    assert len(lines) == 2
+    assert "ModuleNotFoundError" in lines[0]
+    assert len(missing_libraries(platform("cuda", has_transformer_engine=True))) == 1

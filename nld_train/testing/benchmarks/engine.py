@@ -22,12 +22,10 @@ from nld_train.platform.device import initialize_device
 from nld_train.platform.topology import topology_of
 from nld_train.testing.benchmarks.comparison import Comparison, Work, seconds
 from nld_train.testing.benchmarks.conversion import without_results
-from nld_train.testing.benchmarks.step import loader_batch
+from nld_train.testing.benchmarks.step import TrainingStep, loader_batch
 from nld_train.testing.peers import PlainModel
 from nld_train.training.metrics import read_metrics
-from nld_train.training.optimizer import build_optimizer, set_hyperparameters, step_with_norm
-from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, lay_out, run_microbatches
+from nld_train.training.step import LossWeights, lay_out
 
 LR = 1e-3
 
@@ -67,18 +65,7 @@ def default_step(device: torch.device, dtype: torch.dtype) -> DefaultStep:
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    wrapped = wrap_data_parallel(model)
-    optimizer = build_optimizer(optim, [wrapped], dtype)
-    connect([wrapped], optimizer)
-    step = StepShape(num_microbatches=len(samples), micro_batch_size=batch, num_rows=None)
-
-    def engine() -> Sequence[Tensor]:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        set_hyperparameters(optimizer, optim, LR)
-        terms = run_microbatches(iter(samples), [wrapped], step, objective=objective, weights=weights, device=device)
-        norm = step_with_norm(optimizer, optim)
-        return [terms.loss_sum / terms.divisor, torch.tensor(norm)]
+    engine = TrainingStep(model, samples, objective=objective, weights=weights, optim=optim, lr=LR)
 
     def loop() -> Sequence[Tensor]:
         adam.zero_grad(set_to_none=True)

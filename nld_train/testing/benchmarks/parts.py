@@ -22,14 +22,13 @@ from nld_train.testing.benchmarks.step import (
     STEP_RECIPE,
     STEP_SHAPES,
     StepSize,
+    TrainingStep,
     loader_batch,
     step_model,
     step_text,
     step_title,
 )
-from nld_train.training.optimizer import build_optimizer, set_hyperparameters, step_with_norm
-from nld_train.training.run import connect, wrap_data_parallel
-from nld_train.training.step import LossWeights, StepShape, lay_out, run_microbatches
+from nld_train.training.step import LossWeights, lay_out
 
 WHOLE = "whole step"
 PRODUCT_SIZE, COPIED_ELEMENTS = 1024, 2**24
@@ -94,15 +93,12 @@ def parts_suite(device: torch.device) -> Iterator[Comparison]:
 
 
 def _works(case: PartsCase, device: torch.device) -> Mapping[str, Work]:
-    shape, optim = case.model, OptimConfig()
+    shape = case.model
     model = build_model(shape, ParallelConfig(), dtype=case.dtype, device=device, seed=0)
-    wrapped = wrap_data_parallel(model)
-    optimizer = build_optimizer(optim, [wrapped], case.dtype)
-    connect([wrapped], optimizer)
-    set_hyperparameters(optimizer, optim, 1e-6)
     length, batch = case.size[6:]
     sample = loader_batch(step_text(case.size), STEP_RECIPE, torch.ones(batch, length, dtype=torch.bool))
     weights = LossWeights(diffusion=0.3)
+    whole_step = TrainingStep(model, [sample], objective=STEP_RECIPE, weights=weights, optim=OptimConfig(), lr=1e-6)
     joint = lay_out(sample, STEP_RECIPE.block_size)
     of_rows = row_weights(joint, STEP_RECIPE.normalization.value, weights.diffusion, weights.ar)
     selected: WeightedRows = select_weighted_rows(joint, of_rows).to(device)
@@ -136,14 +132,6 @@ def _works(case: PartsCase, device: torch.device) -> Mapping[str, Work]:
         torch.autograd.backward(output, gradients[output.shape])
         for leaf in (whole, some, query, key, value, *contexts):
             leaf.grad = None
-
-    def whole_step() -> Sequence[Tensor]:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        step = StepShape(num_microbatches=1, micro_batch_size=batch, num_rows=None)
-        run_microbatches(iter([sample]), [wrapped], step, objective=STEP_RECIPE, weights=weights, device=device)
-        step_with_norm(optimizer, optim)
-        return []
 
     def embedding() -> Sequence[Tensor]:
         back(model.embedding(input_ids=joint.tokens, position_ids=None))
@@ -192,9 +180,8 @@ def _works(case: PartsCase, device: torch.device) -> Mapping[str, Work]:
         return []
 
     def adam() -> Sequence[Tensor]:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        step_with_norm(optimizer, optim)
+        whole_step.zero_gradients()
+        whole_step.update()
         return []
 
     square, source = tensor(PRODUCT_SIZE, PRODUCT_SIZE), tensor(COPIED_ELEMENTS)
