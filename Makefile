@@ -34,10 +34,10 @@ train: $(STAMP) ## Train the tiny experiment from the corpus to the exported che
 	@$(RUN) train.py $(ARGS)
 
 test: $(STAMP) ## Run the tests that take seconds (WORKERS=2 processes)
-	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(STAMP) ## Run the tests that take minutes
-	@$(RUN) -m pytest -q -m long -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -q -m long -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, and who imports whom
 	@$(RUN) -m ruff check

@@ -31,11 +31,6 @@ from nld_train.training.callbacks.heartbeat import read_heartbeat
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
     result = train(run_dir, cache)

@@ -1,10 +1,24 @@
-"""pytest fixtures: pools of gloo ranks, whose processes start when first used and are shared by the whole session."""
+"""pytest fixtures, each shared by the whole session: a cache of corpora, and pools of gloo ranks, whose processes start
+when first used."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nld_train.testing.ranks import RankPool, RankProcesses
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``data.cache_dir`` of the runs, also of those in other processes of pytest-xdist: the first one prepares a
+    corpus, which takes longer than any run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "cache").mkdir(exist_ok=True)
+    return folder / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from nld_train.config.schema import Device, ParallelConfig
+from nld_train.platform.device import Platform, initialize_device
 
 Case = Callable[..., Any]
 """A module-level function ``case(topology, platform, *args)``; what rank 0 returns is the result."""
@@ -33,11 +34,6 @@ _MAX_THREADS = 150
 def _serve(rank: int, connection: Connection) -> None:
     """Body of one rank: answer cases until told to stop."""
     os.environ.update({"LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
-    import torch.distributed as dist
-
-    from nld_train.platform.device import initialize_device
-    from nld_train.platform.topology import initialize_topology, shutdown_topology
-
     platform = initialize_device(Device.cpu)
     torch.set_num_threads(1)
     connection.send(("ready", None))
@@ -48,18 +44,53 @@ def _serve(rank: int, connection: Connection) -> None:
             os._exit(1)
         if message is None:
             break
-        case, world_size, parallel, seed, store, args = message
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-            topology = initialize_topology(parallel, platform, seed=seed)
-            result = case(topology, platform, *args)
-            answer = ("ok", result if rank == 0 else None)
-        except BaseException:
-            answer = ("error", traceback.format_exc())
-        finally:
-            shutdown_topology()
-            gc.collect()  # a group's threads end with its last reference, and the case's objects hold some in cycles
+        # Hundreds of thousands of objects of imported modules, at which every collection would look again.
+        gc.collect()
+        gc.freeze()
+        answer = _answer(rank, platform, *message)
+        _release_groups()
         connection.send(answer)
+
+
+def _answer(
+    rank: int,
+    platform: Platform,
+    case: Case,
+    world_size: int,
+    parallel: ParallelConfig,
+    seed: int,
+    store: str,
+    args: tuple[Any, ...],
+) -> tuple[str, Any]:
+    """Run one case in process groups of its own."""
+    import torch.distributed as dist
+
+    from nld_train.platform.topology import initialize_topology, shutdown_topology
+
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        topology = initialize_topology(parallel, platform, seed=seed)
+        result = case(topology, platform, *args)
+        return "ok", result if rank == 0 else None
+    except BaseException:
+        return "error", traceback.format_exc()
+    finally:
+        shutdown_topology()
+
+
+def _release_groups() -> None:
+    """End the threads of a case's process groups: a group's end with its last reference, and the case's objects hold
+    some in cycles.
+
+    One of these cycles is never collected, as it goes through nodes of autograd: a model's configuration holds the
+    optimizer (``training.run.connect``), which holds the model.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    for item in gc.get_objects():
+        if issubclass(type(item), TransformerConfig):
+            item.grad_scale_func = None
+    gc.collect()
 
 
 class RankProcesses:

@@ -51,11 +51,6 @@ ROPE: dict[str, int | float] = {
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Ministral3 folder as transformers writes it: tied, as the 3B base is; uneven attention, sharp logits."""
     config = Ministral3Config(
@@ -162,9 +157,9 @@ def test_the_first_ar_loss_equals_transformers(
 @pytest.mark.parametrize(
     ("tensor", "pipeline"),
     [
-        pytest.param(2, 1, id="tp2", marks=pytest.mark.long),
+        pytest.param(2, 1, id="tp2"),
         pytest.param(1, 2, id="pp2", marks=pytest.mark.long),
-        pytest.param(2, 2, id="tp2 x pp2"),
+        pytest.param(2, 2, id="tp2 x pp2", marks=pytest.mark.long),
     ],
 )
 def test_every_layout_starts_from_the_same_loss(

@@ -1,11 +1,12 @@
 """Import, export and import again are bit-exact in every form; bad folders are refused and leave nothing behind."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from nld_train.testing.ranks import RankPool, RankProcesses
 from nld_train.testing.steps import StepCase, loader_batches, tiny_model, whole_tensors
 from nld_train.training.run import connect, wrap_data_parallel
 from nld_train.training.step import LossWeights, StepShape, reduce_terms, run_microbatches
+from scripts.convert_checkpoint import main
 
 ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(
@@ -602,23 +605,21 @@ def test_a_full_disk_is_named_and_leaves_nothing(small_disk: Path, tmp_path: Pat
     assert not list(small_disk.iterdir())
 
 
-SLOW_IMPORT = """
-import sys, time
-from pathlib import Path
-from nld_train.checkpoint.convert import import_checkpoint
-print("ready", flush=True)
-import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda done, total: time.sleep(0.02))
-"""
+def slow_import(folder: Path, out: Path, is_ready: Event) -> None:
+    is_ready.set()
+    import_checkpoint(folder, out, progress=lambda done, total: time.sleep(0.02))
 
 
 def kill_one_conversion(folder: Path, out: Path, delay: float) -> None:
     """kill -9 after ``delay`` seconds of work, then what is there is whole or has no finished name."""
-    command = [sys.executable, "-c", SLOW_IMPORT, str(folder), str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
+    fork = multiprocessing.get_context("fork")  # a new interpreter would only import, for seconds
+    is_ready = fork.Event()
+    process = fork.Process(target=slow_import, args=(folder, out, is_ready))
+    process.start()
+    assert is_ready.wait(120)
+    time.sleep(delay)
+    process.kill()
+    process.join()
     names = {path.name for path in out.parent.iterdir()} - {folder.name}
     assert all(name == out.name or name.startswith(f".incomplete_{out.name}_") for name in names), names
     if out.exists():
@@ -640,38 +641,40 @@ def test_kill_at_a_random_moment(count: int, tmp_path: Path) -> None:
     assert read_info(out).step == 0
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)],
+VERIFY = """
+import sys
+from scripts.convert_checkpoint import main
+for folder in sys.argv[2:]:
+    print("status", main(["verify", "--checkpoint", sys.argv[1], "--hf", folder]))
+"""
+
+
+def test_verify_says_equal_and_names_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The vision-language form in, the NLD form out, then one number changed."""
+    folder = str(Folder(kind="mistral3", is_tied=True).write(tmp_path / "in"))
+    checkpoint, exported = str(tmp_path / "ck"), str(tmp_path / "hf")
+    assert main(["import", "--hf", folder, "--out", checkpoint]) == 0
+    assert "vision tower" in capsys.readouterr().err
+    assert main(["export", "--checkpoint", checkpoint, "--out", exported]) == 0
+    assert "warning" in capsys.readouterr().err
+    name = "encoder.layers.1.self_attn.k_proj.weight"
+    changed = Path(shutil.copytree(exported, tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[name][3, 4] += 0.25
+    save_file(tensors, changed / "model.safetensors")
+
+    # In one process of its own, where the model may be on the CPU.
+    done = subprocess.run(
+        [sys.executable, "-c", VERIFY, checkpoint, folder, exported, str(changed)],
         cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-
-
-def test_verify_says_equal_and_names_what_differs(tmp_path: Path) -> None:
-    """The command as a user calls it: the vision-language form in, the NLD form out, then one number changed."""
-    folder = Folder(kind="mistral3", is_tied=True).write(tmp_path / "in")
-    done = convert("import", "--hf", folder, "--out", tmp_path / "ck")
-    assert done.returncode == 0, done.stderr
-    assert "vision tower" in done.stderr
-    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", folder)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "random ids" in done.stdout
-    assert "DIFFERENT" not in done.stdout
-
-    done = convert("export", "--checkpoint", tmp_path / "ck", "--out", tmp_path / "hf")
-    assert done.returncode == 0, done.stderr
-    assert "warning" in done.stderr
-    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", tmp_path / "hf")
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "logits" in done.stdout
-
-    name = "encoder.layers.1.self_attn.k_proj.weight"
-    tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    tensors[name][3, 4] += 0.25
-    save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    done = convert("verify", "--checkpoint", tmp_path / "ck", "--hf", tmp_path / "hf")
-    assert done.returncode == 1
-    different = [line for line in done.stdout.splitlines() if "DIFFERENT" in line]
+    of_source, of_export, of_changed, rest = re.split(r"status (?=\d)", done.stdout)
+    assert (of_export[0], of_changed[0], rest) == ("0", "0", "1\n")
+    assert "random ids" in of_source
+    assert "logits" in of_export
+    assert "DIFFERENT" not in of_source + of_export
+    different = [line for line in of_changed.splitlines() if "DIFFERENT" in line]
     assert len(different) == 4  # the tensor and the three sequences
     assert name in different[0]
 

@@ -1,12 +1,13 @@
 """Preparing a corpus: the split, the token files, the cache, several processes, damaged and foreign folders."""
 
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
-import sys
-import textwrap
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,40 +214,46 @@ def test_interrupted_preparation_leaves_nothing_behind(tmp_path: Path, small: Co
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-_CHILD = """
-    import os, signal, sys
-    sys.path[:0] = sys.argv[3:]
-    from pathlib import Path
-    from conftest import make_corpus
-    from nld_train.data.prepare import prepare_text
-    from nld_train.data.progress import PrepareProgress
+class Told(PrepareProgress):
+    """Hands the first word of each message on, or kills its process when tokenising begins."""
 
-    class Progress(PrepareProgress):
-        def phase(self, name, *, total_documents, total_bytes):
-            if name == "tokenising" and sys.argv[2] == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-        def message(self, text):
-            print(text.split()[0], flush=True)
+    def __init__(self, words: Any, dies: bool) -> None:
+        self.words = words
+        self.dies = dies
 
-    print(prepare_text(make_corpus(30), vocab_size=400, validation_fraction=0.2, cache_dir=Path(sys.argv[1]),
-                       progress=Progress()).folder)
-"""
+    def phase(self, name: str, *, total_documents: int, total_bytes: int) -> None:
+        if name == "tokenising" and self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def message(self, text: str) -> None:
+        self.words.put(text.split()[0])
 
 
-def _start(cache_dir: Path, what: str) -> subprocess.Popen[str]:
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_CHILD), str(cache_dir), what, *paths]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def _start(cache_dir: Path, corpus: CorpusText, *, dies: bool) -> tuple[Any, Any]:
+    """A process that prepares, and its messages with the folder at the end."""
+    fork = multiprocessing.get_context("fork")  # a new interpreter would only import, for seconds
+    words = fork.SimpleQueue()
+
+    def body() -> None:
+        words.put(str(_prepare(cache_dir, corpus, Told(words, dies)).folder))
+
+    process = fork.Process(target=body)
+    process.start()
+    return process, words
 
 
 def test_processes_at_once_and_a_killed_one(tmp_path: Path, small: CorpusText) -> None:
-    killed = _start(tmp_path, "die")
-    assert killed.wait() == -9
+    killed, _ = _start(tmp_path, small, dies=True)
+    killed.join(60)
+    assert killed.exitcode == -9
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1, "the killed process left its remains"
 
-    children = [_start(tmp_path, "live") for _ in range(2)]
-    outputs = [child.communicate()[0].split() for child in children]
-    assert [child.returncode for child in children] == [0, 0]
+    children = [_start(tmp_path, small, dies=False) for _ in range(2)]
+    outputs = []
+    for child, words in children:
+        child.join(60)
+        assert child.exitcode == 0
+        outputs.append([words.get() for _ in iter(words.empty, True)])
     folder = _prepare(tmp_path / "alone", small).folder
     shared = tmp_path / folder.name
     assert {output[-1] for output in outputs} == {str(shared)}
@@ -396,14 +403,14 @@ def test_empty_part_is_refused(write_corpus: WriteCorpus) -> None:
 # --- the shipped corpus ---
 
 
-def test_standard_library(tmp_path: Path) -> None:
-    """The real thing, whole: prepared in seconds, every document back to the letter."""
+def test_standard_library(cache: Path) -> None:
+    """The real thing, whole, as the runs read it: every document back to the letter."""
     with RichProgress() as progress:
-        prepared = prepare(*_config("stdlib", tmp_path), 8192, mask_token_id=MASK, progress=progress)
+        prepared = prepare(*_config("stdlib", cache), 512, mask_token_id=MASK, progress=progress)
     text = CORPORA["stdlib"]().read()
     assert prepared.manifest.source == text.source
     assert prepared.num_tokens(TRAIN) > 1_000_000
     assert prepared.num_tokens(VALIDATION) > 20_000
     assert sorted([*_texts(prepared, TRAIN), *_texts(prepared, VALIDATION)]) == sorted(d.text for d in text.documents)
     with pytest.raises(DataError, match=r"objective\.mask_token_id = 100 "):
-        prepare(*_config("stdlib", tmp_path), 8192, mask_token_id=100)
+        prepare(*_config("stdlib", cache), 512, mask_token_id=100)

@@ -103,7 +103,7 @@ def assert_takes_the_same_step(one: RankPool, several: RankPool, layout: Paralle
         assert relative_error(values, expected.parameters[parameter].float()) > 4e-5 or "layernorm" in parameter
 
 
-IN_SHORT = ("ar", "fraction", "everything")
+IN_SHORT = ("ar", "joint", "fraction", "answers", "everything")
 
 
 @pytest.mark.parametrize(

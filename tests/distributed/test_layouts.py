@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
 from nld_train.config.schema import ParallelConfig
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.steps import StepCase, StepResult, run_step, tiny_model, tiny_recipe
 
@@ -38,6 +41,19 @@ def test_gradients_equal_one_process(one_rank: RankPool, two_ranks: RankPool, la
     for name, gradient in expected.gradients.items():
         assert torch.equal(found.parameters[name], expected.parameters[name]), f"{name} starts differently"
         assert relative_error(found.gradients[name], gradient) < 1e-9, name
+
+
+def num_threads(topology: Topology, platform: Platform) -> int:
+    return psutil.Process().num_threads()
+
+
+def test_a_case_gives_its_process_groups_back(one_rank: RankPool) -> None:
+    """Each has threads. Rank processes with too many are started anew, which takes longer than most cases."""
+    case = step_case(dtype=torch.float32, num_optimizer_steps=1)
+    one_rank.run(run_step, case, ParallelConfig())
+    before = one_rank.run(num_threads)
+    one_rank.run(run_step, case, ParallelConfig())
+    assert one_rank.run(num_threads) == before
 
 
 OVERLAPPED = LAYOUTS | {

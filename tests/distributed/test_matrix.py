@@ -72,6 +72,7 @@ def test_the_micro_batches_of_the_supervised_task_differ_in_their_rows(gradients
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [
+        ("DP 4", "none"),
         ("TP 2 + SP", "selective"),
         ("PP 2 x 2 virtual", "full"),
         ("TP 2 + SP x PP 2 x 2 virtual", "none"),

@@ -16,11 +16,6 @@ Inspect = Callable[..., tuple[int, str, str]]
 SHORT = ("data.sequence_length=64", "objective.block_size=16", "train.validation_samples=8", "model.vocab_size=512")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def inspect(cache: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Exit status, output and errors."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.prepare_data import main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,39 +71,51 @@ def test_index_is_built_ahead(tmp_path: Path, source: Path) -> None:
     assert len([path for path in (cache / "index").iterdir() if path.is_dir()]) > 1
 
 
-def test_conversations(tmp_path: Path) -> None:
+# Those below need no process of their own, which would begin with seconds of imports.
+def test_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     messages = [{"role": "user", "content": "How? 日本"}, {"role": "assistant", "content": "So."}]
     source = tmp_path / "x.jsonl"
     source.write_text("\n".join(json.dumps({"turns": messages, "id": n}) for n in range(3)), encoding="utf-8")
     out = tmp_path / "out.jsonl"
-    result = run("prepare", out, "--input", source, "--messages-field", "turns")
-    assert result.returncode == 0, result.stderr
+    assert main(["prepare", str(out), "--input", str(source), "--messages-field", "turns"]) == 0
+    assert f"3 conversations in {out}" in capsys.readouterr().out
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [{"messages": messages}] * 3
     with source.open("a") as stream:
         stream.write("\n" + json.dumps({"turns": messages[:1]}))
-    result = run("prepare", tmp_path / "bad.jsonl", "--input", source, "--messages-field", "turns")
-    assert result.returncode == 1
-    assert "x.jsonl: line 4: has no answer" in result.stderr
+    bad = str(tmp_path / "bad.jsonl")
+    assert main(["prepare", bad, "--input", str(source), "--messages-field", "turns"]) == 1
+    assert "x.jsonl: line 4: has no answer" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "x.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "named"),
+    ("arguments", "named"),
     [
-        (("prepare", "OUT", "--input", "x.jsonl"), 2, "--tokenizer is needed"),
-        (("prepare", "OUT", "--input", "nobody/nothing", "--tokenizer", "train:300"), 1, "cannot be found on the Hub"),
-        (("prepare", "OUT", "--input", "README.md", "--tokenizer", "nowhere"), 1, "--tokenizer: 'nowhere' is neither"),
-        (("inspect", "docs"), 1, "docs: is not a prepared corpus"),
-        (("index", "data=prepared", "data.corpus=nowhere"), 1, "data.corpus: nowhere is neither"),
+        (("prepare", "OUT", "--input", "nobody/nothing", "--tokenizer", "train:300"), "cannot be found on the Hub"),
+        (("prepare", "OUT", "--input", "README.md", "--tokenizer", "nowhere"), "--tokenizer: 'nowhere' is neither"),
+        (("inspect", "docs"), "docs: is not a prepared corpus"),
+        (("index", "data=prepared", "data.corpus=nowhere"), "data.corpus: nowhere is neither"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, arguments: tuple[str, ...], status: int, named: str) -> None:
+def test_what_is_wrong_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    named: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
-    result = run(*(out if argument == "OUT" else argument for argument in arguments))
-    assert result.returncode == status
-    assert named in result.stderr
-    assert "Traceback" not in result.stderr
+    assert main([str(out) if argument == "OUT" else argument for argument in arguments]) == 1
+    assert named in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_missing_option_is_asked_for(tmp_path: Path) -> None:
+    result = run("prepare", tmp_path / "out", "--input", "x.jsonl")
+    assert result.returncode == 2
+    assert "--tokenizer is needed" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_has_examples_and_every_option() -> None:

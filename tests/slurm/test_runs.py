@@ -1,4 +1,4 @@
-"""Runs of two stages on two nodes of a Slurm cluster, two ranks each, that are interrupted in every way there is.
+"""Runs of two stages on two nodes of a Slurm cluster, up to two ranks each, that are interrupted in every way there is.
 
 Each ends with the metrics (all but times and rates) and the exported tensors of a run that nobody has disturbed.
 """
@@ -25,28 +25,48 @@ OVERRIDES = [
     "checkpoint.interval_seconds=0",
     "export.prompt=null",
 ]
+STEPS = (8, 32)  # of the stages: more than a run makes before a signal has come through Slurm
 UP = 180.0  # seconds that a job of four ranks may take to start and to end, on two cores that do other things as well
 
 
 class Runs:
     """Submits runs, and looks at them."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, cache: Path) -> None:
         self.cluster = cluster
         self.folder = folder
+        self.cache = cache
+        self._undisturbed: dict[int, Path] = {}
 
-    def submit(self, name: str, *settings: str, steps: tuple[int, int] = (8, 16)) -> tuple[Path, list[str]]:
+    def command(self, run_dir: Path, *settings: str, ranks_per_node: int = 2) -> list[str]:
+        return [
+            *(sys.executable, str(ROOT / "slurm/submit.py"), "nodes=2", f"gpus_per_node={ranks_per_node}"),
+            *(f"run.dir='{run_dir}'", f"data.cache_dir={self.cache}", "checkpoint.interval_steps=1000", *OVERRIDES),
+            *settings,
+        ]
+
+    def submit(
+        self, name: str, *settings: str, steps: tuple[int, int] = STEPS, ranks_per_node: int = 2
+    ) -> tuple[Path, list[str]]:
         """Submit a run of ``steps`` in each stage. Returns its folder, and its jobs."""
         run_dir = self.folder / f"{name}, 100% of it"  # a name that has to be quoted everywhere
         tokens = [steps_of(stage, number) for stage, number in zip(("ar", "joint"), steps, strict=True)]
-        found = self.cluster.run(
-            [sys.executable, str(ROOT / "slurm/submit.py"), "nodes=2", "gpus_per_node=2", f"run.dir='{run_dir}'",
-             f"data.cache_dir={self.folder}/cache", "checkpoint.interval_steps=1000", *OVERRIDES, *tokens, *settings],
-            PYTHONPATH=str(ROOT),
-        )  # fmt: skip
+        command = self.command(run_dir, *tokens, *settings, ranks_per_node=ranks_per_node)
+        found = self.cluster.run(command, PYTHONPATH=str(ROOT))
         assert found.returncode == 0, found.stderr
         submissions = sorted(run_dir.glob("slurm/[0-9][0-9][0-9]"))
         return run_dir, (submissions[-1] / "jobs").read_text().split()
+
+    def undisturbed(self, ranks_per_node: int) -> Path:
+        """The run that nobody has disturbed, trained when it is first asked for."""
+        if ranks_per_node not in self._undisturbed:
+            name = f"undisturbed, {ranks_per_node} per node"
+            run_dir, (job,) = self.submit(name, "launcher=task", ranks_per_node=ranks_per_node)  # makes no difference
+            self.finish(run_dir, job)
+            assert [start[-1] for start in starts(run_dir)] == ["0"]
+            assert last_step(run_dir) == sum(STEPS)
+            self._undisturbed[ranks_per_node] = run_dir
+        return self._undisturbed[ranks_per_node]
 
     def wait_for_step(self, run_dir: Path, job: str, step: int) -> None:
         """Until the run has reported ``step``, in this job."""
@@ -81,39 +101,34 @@ def same_end(run_dir: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(cluster, tmp_path_factory.mktemp("runs"))
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Runs:
+    return Runs(cluster, tmp_path_factory.mktemp("runs"), cache)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> Path:
-    run_dir, (job,) = runs.submit("undisturbed", "launcher=task")  # which makes no difference
-    runs.finish(run_dir, job)
-    assert [start[-1] for start in starts(run_dir)] == ["0"]
-    assert last_step(run_dir) == 24
-    return run_dir
+    return runs.undisturbed(2)
 
 
 @pytest.mark.timeout(900)
-def test_a_preempted_run_goes_on_by_itself(runs: Runs, undisturbed: Path) -> None:
-    run_dir, (job,) = runs.submit("preempted")
+@pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_preempted_run_goes_on_by_itself(runs: Runs, ranks_per_node: int) -> None:
+    undisturbed = runs.undisturbed(ranks_per_node)
+    run_dir, (job,) = runs.submit(f"preempted, {ranks_per_node} per node", ranks_per_node=ranks_per_node)
     runs.wait_for_step(run_dir, job, 3)
     runs.preempt(job)
     found = runs.finish(run_dir, job)
     assert found["Restarts"] == "1", log(run_dir)
     first, second = starts(run_dir)
     assert (first[-1], second[3]) == ("0", "1")
-    assert 3 <= int(second[-1]) < 24, log(run_dir)  # nothing but the stop has saved
+    assert 3 <= int(second[-1]) < sum(STEPS), log(run_dir)  # nothing but the stop has saved
     messages = (run_dir / f"slurm/{job}.log").read_text()
     assert f"job {job}, start 0: stopped" in messages
     assert f"job {job}, start 1: the run is finished" in messages
     same_end(run_dir, undisturbed)
 
-    other = runs.cluster.run(
-        [sys.executable, str(ROOT / "slurm/submit.py"), "nodes=2", "gpus_per_node=2", f"run.dir='{run_dir}'",
-         f"data.cache_dir={runs.folder}/cache", "checkpoint.interval_steps=1000", *OVERRIDES, "run.seed=5"],
-        PYTHONPATH=str(ROOT),
-    )  # fmt: skip
+    command = runs.command(run_dir, "run.seed=5", ranks_per_node=ranks_per_node)
+    other = runs.cluster.run(command, PYTHONPATH=str(ROOT))
     assert other.returncode == 2
     assert "run.seed: is 5, but the run in" in other.stderr
     assert not (run_dir / "slurm/002").exists()
@@ -140,7 +155,7 @@ def test_a_chain_of_three_jobs(runs: Runs, undisturbed: Path) -> None:
         runs.preempt(job)
         assert runs.finish(run_dir, job)["Restarts"] == "0", log(run_dir)
         step = last_step(run_dir)
-        assert step < 24
+        assert step < sum(STEPS)
     runs.finish(run_dir, jobs[2])
     assert [start[2] for start in starts(run_dir)] == jobs
     assert all(f"job {job}, start 0" in (run_dir / f"slurm/{job}.log").read_text() for job in jobs)
@@ -185,7 +200,7 @@ def test_a_more_important_job_comes_first(runs: Runs, undisturbed: Path) -> None
     urgent = runs.cluster.slurm(*command).strip()
     assert runs.cluster.wait(urgent, timeout=UP)["JobState"] == "COMPLETED"
     assert runs.finish(run_dir, job)["Restarts"] == "1", log(run_dir)
-    assert 3 <= int(starts(run_dir)[1][-1]) < 24, log(run_dir)
+    assert 3 <= int(starts(run_dir)[1][-1]) < sum(STEPS), log(run_dir)
     same_end(run_dir, undisturbed)
 
 

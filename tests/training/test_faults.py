@@ -165,11 +165,6 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def spoiled(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run in which the embedding of one token of one sample is NaN in one step, with what it printed."""
     run_dir = tmp_path_factory.mktemp("runs") / "spoiled"

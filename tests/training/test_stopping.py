@@ -310,11 +310,6 @@ def test_an_end_does_not_wait_for_a_folder_that_hangs(tmp_path: Path) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def state(run_dir: Path) -> str:
     heartbeat = read_heartbeat(run_dir)
     return "" if heartbeat is None else heartbeat["state"]

@@ -55,11 +55,6 @@ def finish(process: subprocess.Popen[str], run_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[str, Any]]:
     """Without interruption and without norms of the single terms."""
     run_dir = tmp_path_factory.mktemp("runs") / "plain"
