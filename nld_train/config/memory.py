@@ -22,7 +22,7 @@ PARTS = {
     "optimizer": "two moments, and fp32 weights for bf16: this rank's share over data and context ranks",
     "inputs": "of recomputed layers",
     "norms": "inputs of RMSNorm",
-    "attention": "projections, rotated queries and keys, output",
+    "attention": "values, rotated queries and keys, output",
     "mlp": "SwiGLU",
     "head": "gradient of the rows that enter the loss; token ids of the embedding",
     "pipeline": "tensors between stages that wait for their backward pass",
