@@ -25,7 +25,7 @@ from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
 
 CHUNK_ROWS = 512  # rows of logits that exist at a time
-_PRODUCT_ROWS = 8192  # vocabulary rows of a half-precision weight gradient's product that exist at a time
+_PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}  # vocabulary rows of a half-precision weight gradient that exist at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,9 @@ def _add_weight_gradient(
     else:
         # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums; it cannot add to its result.
         kept: dict[str, Any] = {} if hidden.device.type == "cpu" else {"out_dtype": total.dtype}
-        for start in range(0, total.shape[0], _PRODUCT_ROWS):
-            part = slice(start, start + _PRODUCT_ROWS)
+        step = _PRODUCT_ROWS[hidden.device.type]
+        for start in range(0, total.shape[0], step):
+            part = slice(start, start + step)
             total[part].add_(torch.mm(rounded[:, part].t(), hidden, **kept))
 
 
@@ -153,9 +154,15 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_weight = in_main_grad = main_grad(weight, compute_dtype)
             if grad_weight is None:
                 grad_weight = torch.zeros(weight.shape, dtype=compute_dtype, device=weight.device)
+        # For all chunks: the logits, and as products write and read them.
+        computed = hidden.new_empty(min(CHUNK_ROWS, num_rows), num_local, dtype=compute_dtype)
+        rounded = computed if hidden.dtype == compute_dtype else torch.empty_like(computed, dtype=hidden.dtype)
         for start in range(0, num_rows, CHUNK_ROWS):
             rows = slice(start, min(start + CHUNK_ROWS, num_rows))
-            logits = (hidden[rows] @ weight.t()).to(compute_dtype)
+            logits, product = (x[: rows.stop - start] for x in (computed, rounded))
+            torch.mm(hidden[rows], weight.t(), out=product)
+            if rounded is not computed:
+                logits.copy_(product)
             local_targets = targets[rows] - first_vocab_id
             is_local = (local_targets >= 0) & (local_targets < num_local)
             local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
@@ -179,15 +186,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 scale = torch.where(row_losses[rows].isfinite(), weights[rows] * (local_sum / sums[0]), math.nan)
                 probabilities.mul_(scale.unsqueeze(1))
                 probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
-                rounded = probabilities.to(hidden.dtype)
-                torch.mm(rounded, weight, out=grad_hidden[rows])
+                if rounded is not computed:
+                    product.copy_(probabilities)
+                torch.mm(product, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     is_rounded_again = in_main_grad is None
                     _add_weight_gradient(
-                        grad_weight, probabilities, rounded, hidden[rows], is_rounded_again=is_rounded_again
+                        grad_weight, probabilities, product, hidden[rows], is_rounded_again=is_rounded_again
                     )
-                del rounded
-            del logits, probabilities  # before those of the next chunk are made
         if grad_hidden is not None:
             if group is not None and reduces_grad:
                 dist.all_reduce(grad_hidden, group=group)

@@ -72,7 +72,8 @@ class _Traffic(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and not any(name in func.__name__ for name in self.LEFT_OUT):
-            read = [x for x in args if isinstance(x, Tensor)]
+            # What a copy goes to is not read.
+            read = [x for x in args[func.__name__.startswith("copy_") :] if isinstance(x, Tensor)]
             written = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
             # The head returns an empty sparse gradient.
             dense = [x for x in read + written if x.layout is torch.strided]
