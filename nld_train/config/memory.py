@@ -245,14 +245,13 @@ class _Layer:
         queries = self.rows * self.heads * self.dim
         out = after * self.heads * self.dim  # read by the output projection
         inside = 3 * after * self.ffn // self.tensor  # gate and up; silu(gate) * up
-        if recompute is Recompute.selective:  # attention cores keep their inputs alone: parts of what was projected
-            projected = self.rows * (self.heads + 2 * self.groups) * self.dim
+        keys = 2 * self.rows * self.groups * self.dim  # and values
+        if recompute is Recompute.selective:  # attention cores keep their inputs alone
             return Counter({
                 "norms": self.norm(self.shard) + self.norm(after_shard),
-                "attention": size * (self.hidden * self.shard + projected + queries + out),
+                "attention": size * (self.hidden * self.shard + queries + keys + out),
                 "mlp": size * (self.hidden * after_shard + inside),
             })  # fmt: skip
-        keys = 2 * self.rows * self.groups * self.dim  # and values
         whole_out = queries if is_last else 0  # before the rows were chosen
         if self.is_shared:
             # Every clean key and value and the own noisy ones, laid out anew; the output in groups of heads and whole.
@@ -271,7 +270,7 @@ class _Layer:
             return Counter()
         again = self.kept(Recompute.none, is_last=is_last)
         if recompute is Recompute.selective:
-            core = self.size * self.rows * (self.heads + 2 * self.groups) * self.dim + 4 * self.heads * self.rows
+            core = self.size * self.rows * (self.heads + self.groups) * self.dim + 4 * self.heads * self.rows
             return Counter({"attention": core})
         again["norms"] -= self.size * self.hidden * self.shard  # the layer's input, which is there already
         return again

@@ -196,8 +196,6 @@ class JointAttention(MegatronModule):
             raise TypeError("JointAttention does not take packed_seq_params: sequences have one length")
         backend = resolve_backend(self.backend, query.device)
         query, key = self.rotary.apply(query, key, layout)
-        # What is kept for the backward pass: as a view the value would keep the whole product it is a part of.
-        value = value.contiguous()
         if self.causal is not None and layout.is_causal:
             return self.causal(query, key, value)
         query = query.permute(1, 2, 0, 3)

@@ -58,6 +58,19 @@ class DecoderAttention(JointAttention):
         return gather_rows(out, attention_bias.selected)
 
 
+class DecoderSelfAttention(SelfAttention):
+    """Megatron's, whose keys and values are copies: as views of the qkv product they would keep all of it for the
+    backward pass (the queries in it are copied in any case)."""
+
+    def get_query_key_value_tensors(self, *args: Any, split_qkv: bool = True, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        tensors = super().get_query_key_value_tensors(*args, split_qkv=split_qkv, **kwargs)
+        if not split_qkv:
+            return tensors
+        query, key, value, *rest = tensors
+        return query, key.contiguous(), value.contiguous(), *rest
+
+
 class Residual:
     """Megatron's residual connection, to which only the selected rows of the residual go."""
 
@@ -118,7 +131,7 @@ def decoder_layer_spec(core_attention: ModuleSpec, modules: LocalModules) -> Mod
         submodules=TransformerLayerSubmodules(
             input_layernorm=modules.layer_norm(),
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=DecoderSelfAttention,
                 # The block mask is ours; Megatron must not build one of its own.
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(

@@ -1,7 +1,6 @@
 """The planner's arithmetic: against published figures, real batches, and a schedule that is walked through."""
 
 import json
-import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -196,10 +195,8 @@ def test_what_each_size_saves(recipe: Config) -> None:
     selective = bytes_of(recompute_granularity=Recompute.selective)
     assert full["inputs"] / (8192 * 4096 * 2) in (33, 34)
     assert full["mlp"] < plain["mlp"] / 30
-    # Norms keep their inputs alone in any case; while the last layer is computed again, there is no final one any more.
-    final_norm = math.ceil(work.weighted_rows) * (2 * 4096 + 4)
-    assert plain["norms"] == selective["norms"] + final_norm
-    assert plain["attention"] > 1.05 * selective["attention"]
+    assert plain["norms"] == selective["norms"]  # they keep their inputs alone in any case
+    assert plain["attention"] > selective["attention"]  # the log-sum-exp: kernels without scores leave little to save
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
