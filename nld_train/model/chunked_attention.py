@@ -186,7 +186,7 @@ class _ChunkPlan:
         self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel: Kernel
     ) -> Iterator[tuple[_Chunk, Tensor, int]]:
         """Each chunk, its additive mask [G / P * R, joined + R] (or [n * K, 1, G / P * R, joined + R]), and P, the
-        parts its groups are taken in. Of a kernel that takes all keys, the mask is that of its own rows alone."""
+        parts its groups are taken in. For a kernel that takes all keys the mask is [1 or n, R, R], of its own rows."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, where that is wanted.
         wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
@@ -198,10 +198,13 @@ class _ChunkPlan:
         dtype = kernel.mask_dtype(dtype)
         key = (num_heads, num_kv_heads, num_threads, dtype)
         if key not in self._masks:
-            self._masks[key] = [
-                _additive(allowed, 0 if kernel.takes_all_keys else chunk.joined, group // parts, num_kv_heads, dtype)
-                for chunk, allowed, parts in zip(self.chunks, self.allowed, all_parts, strict=True)
-            ]
+            masks = [torch.zeros(x.shape, dtype=dtype).masked_fill_(~x, -math.inf) for x in self.allowed]
+            if not kernel.takes_all_keys:
+                masks = [
+                    _repeated(mask, chunk.joined, group // parts, num_kv_heads)
+                    for chunk, mask, parts in zip(self.chunks, masks, all_parts, strict=True)
+                ]
+            self._masks[key] = masks
         yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
 
 
@@ -406,10 +409,9 @@ def _allowed_pairs(
     return allowed
 
 
-def _additive(allowed: Tensor, joined: int, num_folded: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """0 where allowed, and for each of the joined tokens, else -inf; once for each head that is folded into rows;
-    [1, R, R] serves all heads."""
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf)
+def _repeated(mask: Tensor, joined: int, num_folded: int, num_kv_heads: int) -> Tensor:
+    """Additive mask [n, R, R] with a 0 for each of the joined tokens, once for each query head that is folded into
+    rows and, for several sequences, for each key-value head."""
     mask = F.pad(mask, (joined, 0)).repeat(1, num_folded, 1)
     return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
 

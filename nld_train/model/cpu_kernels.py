@@ -32,14 +32,15 @@ class Kernel:
     """One way to compute it.
 
     Args:
-        forward: rows [b, P, R, D], keys and values [b, P, S, D] (P may have a stride of 0), additive mask ([R, M] or
-            [b, 1, R, M], of the last M keys: all others are seen; None: all are), scale -> output [b, P, R, D] and
-            log-sum-exp [b, P, R], at least fp32 (empty, of a kernel that takes all keys).
+        forward: rows [b, P, R, D], keys and values [b, P, S, D] (P may have a stride of 0), additive mask ([R, S],
+            [b, 1, R, S] or None), scale -> output [b, P, R, D] and log-sum-exp [b, P, R], at least fp32 (empty, of a
+            kernel that takes all keys).
         backward: gradient of the output, rows, keys, values, output, log-sum-exp (both None if it takes all keys),
             mask, scale -> gradients of rows, keys and values. Output and log-sum-exp may be those of more keys.
         mask_dtype: of the mask, for inputs of a dtype.
         takes_all_keys: keys are always all that the rows see: nothing is merged, and the backward pass, which computes
-            the softmax again, reads no result of the forward pass. P is 1 and M may be less than S.
+            the softmax again, reads no result of the forward pass. P is 1. The mask [n, R / G, M] is of the last M
+            keys (all others are seen), for b / n heads in a row and for each of G query heads folded into the rows.
         splits_groups: the backward pass hands out heads to threads, so each thread wants one: P > 1 where b is small.
     """
 
@@ -91,8 +92,12 @@ def _parts(num_scores: int, b: int) -> Iterator[slice]:
 
 
 def _parts_with_masks(rows: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Masks: [1, R / G, M], or of each of the part's heads."""
     for part in _parts(rows.shape[1] * keys.shape[1], len(rows)):
-        yield part, mask if mask is None or mask.dim() == 2 else mask[part, 0]
+        of_part = mask
+        if mask is not None and len(mask) > 1:
+            of_part = mask[torch.arange(len(rows))[part] // (len(rows) // len(mask))]
+        yield part, of_part
 
 
 def _exact_factor(scale: float) -> float:
@@ -106,7 +111,8 @@ def _probabilities(rows: Tensor, keys: Tensor, mask: Tensor | None, scale: float
     if scale != 1.0:
         scores.mul_(scale)
     if mask is not None:
-        scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
+        of_query_heads = scores.unflatten(1, (-1, mask.shape[1]))
+        of_query_heads[..., scores.shape[-1] - mask.shape[-1] :].add_(mask[:, None])
     return torch.softmax(scores, dim=-1)
 
 

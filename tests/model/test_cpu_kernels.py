@@ -47,7 +47,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_scores", [1 << 21, 1])  # all heads at once, and one by one
-@pytest.mark.parametrize("of_mask", ["none", "shared", "own", "shared, of the last keys", "own, of the last keys"])
+@pytest.mark.parametrize("of_mask", ["none", "shared", "own"])
 @pytest.mark.parametrize(
     ("b", "parts", "rows", "keys", "dim"), [(3, 2, 40, 70, 16), (2, 1, 1, 1, 8), (1, 3, 65, 9, 24)]
 )
@@ -68,15 +68,15 @@ def test_values_and_gradients(
     if kernel.takes_all_keys:
         parts = 1
     monkeypatch.setattr(cpu_kernels, "_SCORES", num_scores)
-    num_masked = -(-keys // 3) if of_mask.endswith("last keys") and kernel.takes_all_keys else keys
-    mask = None if of_mask == "none" else some_mask(b if of_mask.startswith("own") else None, rows, num_masked)
+    mask = None if of_mask == "none" else some_mask(b if of_mask == "own" else None, rows, keys)
     *given, grad = inputs(b, parts, rows, keys, dim)
     exact = [x.double().clone().requires_grad_() for x in given]
-    whole_mask = None if mask is None else torch.nn.functional.pad(mask, (keys - num_masked, 0))
-    expected, log_sum_exp = written_out(*exact, whole_mask, scale)
+    expected, log_sum_exp = written_out(*exact, mask, scale)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
 
     of_kernel = None if mask is None else mask.to(kernel.mask_dtype(torch.bfloat16))
+    if of_kernel is not None and kernel.takes_all_keys:
+        of_kernel = of_kernel.view(-1, rows, keys)
     out, found_log_sum_exp = kernel.forward(*given, of_kernel, scale)
     assert out.dtype is torch.bfloat16
     assert_near(out, expected)
@@ -91,6 +91,25 @@ def test_values_and_gradients(
     for found, wanted in zip(grads, expected_grads, strict=True):
         assert found.dtype is torch.bfloat16
         assert (found.double() - wanted).norm() <= 6e-3 * max(wanted.norm(), 1e-2 * largest)
+
+
+@pytest.mark.parametrize("num_scores", [1 << 21, 2 * 40 * 70, 1])  # the second cuts between heads of a sequence
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_one_mask_serves_all_heads_of_a_sequence(
+    num_sequences: int, num_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences of three key-value heads, four query heads folded into 40 rows; keys 0 to 59 are seen by all."""
+    monkeypatch.setattr(cpu_kernels, "_SCORES", num_scores)
+    *given, grad = inputs(6, 1, 40, 70, 16)
+    mask = some_mask(num_sequences, 10, 10)[:, 0]
+    whole = torch.nn.functional.pad(mask, (60, 0)).repeat(1, 4, 1).repeat_interleave(6 // num_sequences, 0)[:, None]
+    exact = [x.double().clone().requires_grad_() for x in given]
+    expected, _ = written_out(*exact, whole)
+    out, _ = PRODUCTS.forward(*given, mask, SCALE)
+    assert_near(out, expected)
+    grads = PRODUCTS.backward(grad, *given, None, None, mask, SCALE)
+    for found, wanted in zip(grads, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        assert (found.double() - wanted).norm() <= 6e-3 * wanted.norm()
 
 
 def test_gradients_of_a_part_of_the_keys() -> None:
