@@ -214,122 +214,27 @@ def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int, joi
     """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer. Prefixes of at most
     ``joined_prefix`` tokens are taken with a chunk's own rows."""
     table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
-    length = layout.num_clean_rows
-    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
-    noisy_places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
-    document_starts = table.first_keys[:, num_noisy:]
-    ranges = layout.shard.ranges(layout.clean_length)
-    # A shard's noisy blocks need not stand for clean rows of it: each is a chunk without any.
-    is_shard = len(ranges) > 1
-
-    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
-    crossings = torch.zeros(num_sequences, length + 2, dtype=torch.int64)
-    num_copies = torch.zeros(num_sequences, length, dtype=torch.int64)
-    if not is_shard:
-        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
-        crossings.scatter_add_(1, noisy_places + 1, -is_noisy.long())
-        num_copies.scatter_add_(1, noisy_places, is_noisy.long())
-    boundaries = crossings.cumsum(1)[:, : length + 1] == 0
-    noisy_before = F.pad(num_copies.cumsum(1), (1, 0))
-
-    # Chunks of several sequences that stand for the same tokens are one: fewer and longer calls.
-    alike: dict[tuple[int, int, int, int], list[_Member]] = {}
-    num_found = 0
-    chunk_of_row = torch.full(table.blocks.shape, -1)  # by number of the member; -1 for padding
-
-    def add(sequence: int, num_noisy_rows: int, document_start: int, start: int, stop: int) -> None:
-        nonlocal num_found
-        copy = 0  # of the same block in the same sequence: a chunk has one of each sequence
-        while (key := (copy, document_start, start, stop)) in alike and alike[key][-1].sequence == sequence:
-            copy += 1
-        alike.setdefault(key, []).append(_Member(sequence, num_noisy_rows, num_found))
-        num_found += 1
-
-    for together in _alike(document_starts):
-        documents = document_starts[together[0]]
-        # Ends that suit all of them: where none has a block, at their mean number of rows.
-        may_end = boundaries[together].all(0).numpy()
-        mean_before = noisy_before[together].double().mean(0).tolist()
-        first = 0  # number of the range's first clean row
-        for range_start, range_stop in ranges:
-            last = first + range_stop - range_start
-            begins_document = documents[first:last].numpy() == np.arange(range_start, range_stop)
-            ends = _chunk_ends(may_end[first : last + 1], begins_document, mean_before[first : last + 1], chunk_rows)
-            for start, stop in zip([0, *ends], ends, strict=False):
-                counts = (noisy_before[together, first + stop] - noisy_before[together, first + start]).tolist()
-                for sequence, num_noisy_rows in zip(together, counts, strict=True):
-                    chunk_of_row[sequence, num_noisy + first + start : num_noisy + first + stop] = num_found
-                    document_start = int(documents[first + start])
-                    add(sequence, num_noisy_rows, document_start, range_start + start, range_start + stop)
-            first = last
-    for sequence in range(num_sequences if num_noisy else 0):
-        of_noisy, of_clean = chunk_of_row[sequence].split([num_noisy, length])
-        rows = is_noisy[sequence].nonzero().squeeze(1)
-        if is_shard:
-            _, numbers_of_blocks, sizes = table.blocks[sequence, rows].unique_consecutive(
-                return_inverse=True, return_counts=True
-            )
-            of_noisy[rows] = num_found + numbers_of_blocks
-            first_rows = rows[sizes.cumsum(0) - sizes]
-            starts, stops = (
-                table.first_keys[sequence, first_rows].tolist(),
-                table.end_keys[sequence, first_rows].tolist(),
-            )
-            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
-                add(sequence, size, document_start, start, start)
-        else:
-            of_noisy[rows] = of_clean[noisy_places[sequence, rows]]
-
-    chunks: list[_Chunk] = []
-    numbers: list[int] = []  # of members, in the plan's order
-    first_row = 0
-    for (_, document_start, start, stop), found in alike.items():
-        for members in _padded_alike(found, stop - start):
-            prefix, num_noisy_rows = start - document_start, max(member.num_noisy_rows for member in members)
-            chunk = _Chunk(
-                torch.tensor([member.sequence for member in members]),
-                document_start,
-                start,
-                stop,
-                first_row,
-                num_noisy_rows,
-                prefix if prefix <= joined_prefix else 0,
-            )
-            chunks.append(chunk)
-            numbers += [member.number for member in members]
-            first_row += len(members) * chunk.num_rows
-
-    # Where each row goes: first row of its member, noisy rows before clean ones, then in the order of rows.
-    member_rows = torch.tensor([(chunk.num_noisy_rows, chunk.num_rows) for chunk in chunks for _ in chunk.sequences])
-    member_ends = member_rows[:, 1].cumsum(0)
-    member_starts = member_ends - member_rows[:, 1]
-    bases = torch.stack([member_starts, member_starts + member_rows[:, 0]], dim=1).flatten()  # by 2 * member + is_clean
-    ranks = torch.empty(num_found, dtype=torch.int64).scatter_(0, torch.tensor(numbers), torch.arange(num_found))
-    kinds = 2 * ranks[chunk_of_row]
-    kinds[:, num_noisy:] += 1
-    kinds.masked_fill_(chunk_of_row < 0, -1)
-    num_padding_rows = int((kinds < 0).sum())
-    order = kinds.flatten().argsort(stable=True)[num_padding_rows:]  # b * S + s
-    sorted_kinds = kinds.flatten()[order]
-    num_of_kind = sorted_kinds.bincount(minlength=2 * num_found)
-    places = bases[sorted_kinds] + torch.arange(len(order)) - (num_of_kind.cumsum(0) - num_of_kind)[sorted_kinds]
-    by_chunk = torch.full((first_row,), -1).scatter_(0, places, order)
-    is_padding = None
-    if len(order) < first_row:
-        is_padding = by_chunk < 0
-        # A member's last row is clean, if it has any; its first is noisy, else.
-        stand_ins = torch.where(by_chunk[member_ends - 1] < 0, by_chunk[member_starts], by_chunk[member_ends - 1])
-        by_chunk = torch.where(is_padding, stand_ins.repeat_interleave(member_rows[:, 1]), by_chunk)
-
+    found, member_of_row = _found_members(layout, table, chunk_rows)
+    chunks, numbers = _padded_chunks(found, joined_prefix)
+    by_chunk, is_padding = _by_chunk(chunks, numbers, member_of_row, num_noisy)
     sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
-    others = kinds.t().flatten().lt(0).nonzero().squeeze(1)
-    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, is_padding, kinds.numel(), others)
-    if is_shard:
+    others = (member_of_row.t().flatten() < 0).nonzero().squeeze(1)
+    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, is_padding, member_of_row.numel(), others)
+    if _is_shard(layout):
         key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
         key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
         is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
         keys = _ChunkRows(chunks, key_rows, is_padding, num_keys, is_other.nonzero().squeeze(1))
     return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, is_padding, layout.clean_length))
+
+
+class _Place(NamedTuple):
+    """Of a chunk. ``copy``: of the same noisy block in the same sequence, as a chunk has one of each sequence."""
+
+    copy: int
+    document_start: int
+    start: int
+    stop: int
 
 
 class _Member(NamedTuple):
@@ -338,6 +243,133 @@ class _Member(NamedTuple):
     sequence: int
     num_noisy_rows: int
     number: int  # in the order in which they were found
+
+
+def _is_shard(layout: SequenceLayout) -> bool:
+    """A shard's noisy blocks need not stand for clean rows of it: each is a chunk without any."""
+    return len(layout.shard.ranges(layout.clean_length)) > 1
+
+
+def _found_members(
+    layout: SequenceLayout, table: RowTable, chunk_rows: int
+) -> tuple[dict[_Place, list[_Member]], Tensor]:
+    """What each sequence has of each chunk (several that stand for the same tokens are one: fewer and longer calls),
+    and int64 [B, S], the number of each row's member, -1 for padding."""
+    num_noisy, length = layout.num_noisy_rows, layout.num_clean_rows
+    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
+    places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
+    document_starts = table.first_keys[:, num_noisy:]
+    is_shard = _is_shard(layout)
+    boundaries, noisy_before = _noisy_blocks(table, places, is_noisy & (not is_shard), length)
+
+    found: dict[_Place, list[_Member]] = {}
+    num_found = 0
+    member_of_row = torch.full(table.blocks.shape, -1)
+
+    def add(sequence: int, num_noisy_rows: int, document_start: int, start: int, stop: int) -> None:
+        nonlocal num_found
+        copy = 0
+        while (place := _Place(copy, document_start, start, stop)) in found and found[place][-1].sequence == sequence:
+            copy += 1
+        found.setdefault(place, []).append(_Member(sequence, num_noisy_rows, num_found))
+        num_found += 1
+
+    for together in _alike(document_starts):
+        documents = document_starts[together[0]]
+        # Ends that suit all of them: where none has a block, at their mean number of rows.
+        may_end = boundaries[together].all(0).numpy()
+        mean_before = noisy_before[together].double().mean(0).tolist()
+        first = 0  # number of the range's first clean row
+        for range_start, range_stop in layout.shard.ranges(layout.clean_length):
+            last = first + range_stop - range_start
+            begins_document = documents[first:last].numpy() == np.arange(range_start, range_stop)
+            ends = _chunk_ends(may_end[first : last + 1], begins_document, mean_before[first : last + 1], chunk_rows)
+            for start, stop in zip([0, *ends], ends, strict=False):
+                counts = (noisy_before[together, first + stop] - noisy_before[together, first + start]).tolist()
+                for sequence, num_noisy_rows in zip(together, counts, strict=True):
+                    member_of_row[sequence, num_noisy + first + start : num_noisy + first + stop] = num_found
+                    document_start = int(documents[first + start])
+                    add(sequence, num_noisy_rows, document_start, range_start + start, range_start + stop)
+            first = last
+    for sequence in range(len(table.blocks) if num_noisy else 0):
+        of_noisy, of_clean = member_of_row[sequence].split([num_noisy, length])
+        rows = is_noisy[sequence].nonzero().squeeze(1)
+        if is_shard:
+            _, numbers_of_blocks, sizes = table.blocks[sequence, rows].unique_consecutive(
+                return_inverse=True, return_counts=True
+            )
+            of_noisy[rows] = num_found + numbers_of_blocks
+            first_rows = rows[sizes.cumsum(0) - sizes]
+            starts, stops = (x[sequence, first_rows].tolist() for x in (table.first_keys, table.end_keys))
+            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
+                add(sequence, size, document_start, start, start)
+        else:
+            of_noisy[rows] = of_clean[places[sequence, rows]]
+    return found, member_of_row
+
+
+def _noisy_blocks(table: RowTable, places: Tensor, is_noisy: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Of noisy rows that stand for ``places`` [B, N], where ``is_noisy``: bool [B, L + 1], no block goes on over this
+    place; int64 [B, L + 1], rows that stand for an earlier one."""
+    num_noisy = places.shape[1]
+    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
+    crossings = torch.zeros(len(places), length + 2, dtype=torch.int64)
+    num_copies = torch.zeros(len(places), length, dtype=torch.int64)
+    if is_noisy.any():
+        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
+        crossings.scatter_add_(1, places + 1, -is_noisy.long())
+        num_copies.scatter_add_(1, places, is_noisy.long())
+    return crossings.cumsum(1)[:, : length + 1] == 0, F.pad(num_copies.cumsum(1), (1, 0))
+
+
+def _padded_chunks(found: dict[_Place, list[_Member]], joined_prefix: int) -> tuple[list[_Chunk], Tensor]:
+    """Chunks of members with little padding, and int64 [members], their numbers in the chunks' order."""
+    chunks: list[_Chunk] = []
+    numbers: list[int] = []
+    first_row = 0
+    for (_, document_start, start, stop), of_place in found.items():
+        for members in _padded_alike(of_place, stop - start):
+            prefix = start - document_start
+            chunk = _Chunk(
+                sequences=torch.tensor([member.sequence for member in members]),
+                document_start=document_start,
+                start=start,
+                stop=stop,
+                first_row=first_row,
+                num_noisy_rows=max(member.num_noisy_rows for member in members),
+                joined=prefix if prefix <= joined_prefix else 0,
+            )
+            chunks.append(chunk)
+            numbers += [member.number for member in members]
+            first_row += len(members) * chunk.num_rows
+    return chunks, torch.tensor(numbers)
+
+
+def _by_chunk(
+    chunks: list[_Chunk], numbers: Tensor, member_of_row: Tensor, num_noisy: int
+) -> tuple[Tensor, Tensor | None]:
+    """Rows (b * S + s) in the plan's order: member by member, noisy ones before clean ones, then in their own order;
+    and which of them stand for padding, bool; None: none do."""
+    member_rows = torch.tensor([(chunk.num_noisy_rows, chunk.num_rows) for chunk in chunks for _ in chunk.sequences])
+    member_ends = member_rows[:, 1].cumsum(0)
+    member_starts = member_ends - member_rows[:, 1]
+    bases = torch.stack([member_starts, member_starts + member_rows[:, 0]], dim=1).flatten()  # by 2 * member + is_clean
+    ranks = torch.empty_like(numbers).scatter_(0, numbers, torch.arange(len(numbers)))
+    kinds = 2 * ranks[member_of_row]
+    kinds[:, num_noisy:] += 1
+    kinds.masked_fill_(member_of_row < 0, -1)
+    num_in_none = int((kinds < 0).sum())
+    order = kinds.flatten().argsort(stable=True)[num_in_none:]
+    sorted_kinds = kinds.flatten()[order]
+    num_of_kind = sorted_kinds.bincount(minlength=2 * len(numbers))
+    places = bases[sorted_kinds] + torch.arange(len(order)) - (num_of_kind.cumsum(0) - num_of_kind)[sorted_kinds]
+    by_chunk = torch.full((int(member_ends[-1]),), -1).scatter_(0, places, order)
+    if len(order) == len(by_chunk):
+        return by_chunk, None
+    is_padding = by_chunk < 0
+    # A member's last row is clean, if it has any; its first is noisy, else.
+    stand_ins = torch.where(by_chunk[member_ends - 1] < 0, by_chunk[member_starts], by_chunk[member_ends - 1])
+    return torch.where(is_padding, stand_ins.repeat_interleave(member_rows[:, 1]), by_chunk), is_padding
 
 
 def _alike(document_starts: Tensor) -> list[list[int]]:
