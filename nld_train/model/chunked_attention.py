@@ -180,12 +180,12 @@ class _ChunkPlan:
     queries: _ChunkRows
     keys: _ChunkRows
     allowed: list[Tensor]
-    _masks: dict[tuple[int, int, int, torch.dtype], list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int, Kernel, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
     def calls(
         self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel: Kernel
     ) -> Iterator[tuple[_Chunk, Tensor, int]]:
-        """Each chunk, its additive mask [G / P * R, joined + R] (or [n * K, 1, G / P * R, joined + R]), and P, the
+        """Each chunk, its additive mask [G / P * R, joined + R] (or [n, 1, G / P * R, joined + R]), and P, the
         parts its groups are taken in. For a kernel that takes all keys the mask is [1 or n, R, R], of its own rows."""
         group = num_heads // num_kv_heads
         # As few as give each thread a head, where that is wanted.
@@ -196,12 +196,12 @@ class _ChunkPlan:
             for chunk in self.chunks
         ]
         dtype = kernel.mask_dtype(dtype)
-        key = (num_heads, num_kv_heads, num_threads, dtype)
+        key = (num_heads, num_kv_heads, num_threads, kernel, dtype)
         if key not in self._masks:
             masks = [torch.zeros(x.shape, dtype=dtype).masked_fill_(~x, -math.inf) for x in self.allowed]
             if not kernel.takes_all_keys:
                 masks = [
-                    _repeated(mask, chunk.joined, group // parts, num_kv_heads)
+                    _repeated(mask, chunk.joined, group // parts)
                     for chunk, mask, parts in zip(self.chunks, masks, all_parts, strict=True)
                 ]
             self._masks[key] = masks
@@ -441,11 +441,11 @@ def _allowed_pairs(
     return allowed
 
 
-def _repeated(mask: Tensor, joined: int, num_folded: int, num_kv_heads: int) -> Tensor:
+def _repeated(mask: Tensor, joined: int, num_folded: int) -> Tensor:
     """Additive mask [n, R, R] with a 0 for each of the joined tokens, once for each query head that is folded into
-    rows and, for several sequences, for each key-value head."""
+    rows; [1, R, R] serves all sequences."""
     mask = F.pad(mask, (joined, 0)).repeat(1, num_folded, 1)
-    return mask[0] if len(mask) == 1 else mask.repeat_interleave(num_kv_heads, dim=0)[:, None]
+    return mask[0] if len(mask) == 1 else mask[:, None]
 
 
 class _ChunkedAttention(torch.autograd.Function):

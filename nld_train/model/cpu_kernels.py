@@ -33,8 +33,8 @@ class Kernel:
 
     Args:
         forward: rows [b, P, R, D], keys and values [b, P, S, D] (P may have a stride of 0), additive mask ([R, S],
-            [b, 1, R, S] or None), scale -> output [b, P, R, D] and log-sum-exp [b, P, R], at least fp32 (empty, of a
-            kernel that takes all keys).
+            [n, 1, R, S] for b / n heads in a row, or None), scale -> output [b, P, R, D] and log-sum-exp [b, P, R], at
+            least fp32 (empty, of a kernel that takes all keys).
         backward: gradient of the output, rows, keys, values, output, log-sum-exp (both None if it takes all keys),
             mask, scale -> gradients of rows, keys and values. Output and log-sum-exp may be those of more keys.
         mask_dtype: of the mask, for inputs of a dtype.
@@ -64,9 +64,16 @@ def has_fast_bf16_products() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _by_mask(mask: Tensor | None, *of_heads: Tensor) -> tuple[Tensor, ...]:
+    """[b, P, ...] as [n, b / n * P, ...], where each mask is for b / n heads: torch repeats it without a copy."""
+    if mask is None or mask.dim() == 2:
+        return of_heads
+    return tuple(x.unflatten(0, (len(mask), -1)).flatten(1, 2) for x in of_heads)
+
+
 def _flash_of(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out, log_sum_exp = _flash(rows, keys, values, attn_mask=mask, scale=scale)
-    return out, log_sum_exp
+    out, log_sum_exp = _flash(*_by_mask(mask, rows, keys, values), attn_mask=mask, scale=scale)
+    return out.reshape(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
 
 
 def _flash_backward_of(
@@ -79,10 +86,9 @@ def _flash_backward_of(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows, of_keys, of_values = _flash_backward(
-        grad, rows, keys, values, out, log_sum_exp, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return of_rows, of_keys, of_values
+    of_all = _by_mask(mask, grad, rows, keys, values, out, log_sum_exp)
+    of_rows, of_keys, of_values = _flash_backward(*of_all, 0.0, False, attn_mask=mask, scale=scale)
+    return of_rows.reshape(rows.shape), of_keys.reshape(keys.shape), of_values.reshape(values.shape)
 
 
 def _parts(num_scores: int, b: int) -> Iterator[slice]:

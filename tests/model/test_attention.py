@@ -482,11 +482,13 @@ def test_a_sequence_does_not_see_what_it_is_taken_with(kernel: Kernel, monkeypat
 
 
 def test_masks_do_not_grow_with_the_heads():
-    """Of two sequences with masks of their own, in bf16: 4 bytes for each pair of the chunks' own rows."""
+    """Of two sequences with masks of their own: one for each sequence, in torch's kernel for each folded head."""
     layout = table_layout(16, [[128]] * 2, [[range(16)], [range(32, 48)]])
     plan = chunked_module._chunk_plan(layout, 2, 256, 128)
     masks = [mask for _, mask, _ in plan.calls(8, 2, torch.bfloat16, PRODUCTS)]
     assert [tuple(mask.shape) for mask in masks] == [(2, 144, 144)]
+    masks = [mask for _, mask, _ in plan.calls(8, 2, torch.float32, FLASH)]
+    assert [tuple(mask.shape) for mask in masks] == [(2, 1, 4 * 144, 144)]
 
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
