@@ -395,12 +395,12 @@ def _padded_alike(members: list[_Member], num_clean_rows: int) -> Iterator[list[
 def _chunk_ends(
     is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[float], chunk_rows: int
 ) -> list[int]:
-    """Where one sequence's chunks end.
+    """Where the chunks of one sequence, or of some with the same documents, end.
 
     Args:
         is_boundary: bool [L + 1], no noisy block goes on over this place.
         begins_document: bool [L].
-        noisy_before: [L + 1], noisy rows that stand for an earlier clean token.
+        noisy_before: [L + 1], noisy rows that stand for an earlier clean token; of several sequences their mean.
         chunk_rows: rows of a chunk, at most, unless a block is longer.
     """
     length = len(begins_document)

@@ -91,15 +91,10 @@ def _flash_backward_of(
     return of_rows.reshape(rows.shape), of_keys.reshape(keys.shape), of_values.reshape(values.shape)
 
 
-def _parts(num_scores: int, b: int) -> Iterator[slice]:
-    """Of the first dimension; ``num_scores`` for one of it."""
-    step = max(1, _SCORES // num_scores)
-    return (slice(start, start + step) for start in range(0, b, step))
-
-
-def _parts_with_masks(rows: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
-    """Masks: [1, R / G, M], or of each of the part's heads."""
-    for part in _parts(rows.shape[1] * keys.shape[1], len(rows)):
+def _parts(rows: Tensor, keys: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Parts of the first dimension, and their masks: [1, R / G, M], or of each of the part's heads."""
+    step = max(1, _SCORES // (rows.shape[1] * keys.shape[1]))
+    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
         of_part = mask
         if mask is not None and len(mask) > 1:
             of_part = mask[torch.arange(len(rows))[part] // (len(rows) // len(mask))]
@@ -128,7 +123,7 @@ def _products(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     rows = rows * factor
     out = torch.empty_like(rows)
     with bf16_operands():
-        for part, of_mask in _parts_with_masks(rows, keys, mask):
+        for part, of_mask in _parts(rows, keys, mask):
             probabilities = _probabilities(rows[part], keys[part], of_mask, scale / factor).to(rows.dtype)
             torch.bmm(probabilities, values[part], out=out[part])
     return out[:, None], out.new_empty(0, dtype=torch.float32)
@@ -150,7 +145,7 @@ def _products_backward(
     rows, scale = rows * factor, scale / factor
     of_rows, of_keys, of_values = (torch.empty_like(x) for x in (rows, keys, values))
     with bf16_operands():
-        for part, of_mask in _parts_with_masks(rows, keys, mask):
+        for part, of_mask in _parts(rows, keys, mask):
             q, k, g = rows[part], keys[part], grad[part]
             p = _probabilities(q, k, of_mask, scale)
             torch.bmm(p.to(g.dtype).mT, g, out=of_values[part])

@@ -272,11 +272,8 @@ def measure(kind: Kind, platform: Platform, *, warmup: int, rounds: int, profile
 
 
 _PUBLIC, _OURS = "joint, public recipe", "joint, recipe's noise"
-_REQUIRED_SPEED, _REQUIRED_MFU, _REQUIRED_MEMORY = (
-    1.2,
-    0.45,
-    0.6,
-)  # of ours, speed and memory beside the public recipe's
+_REQUIRED_SPEED, _REQUIRED_MFU, _REQUIRED_MEMORY = 1.2, 0.45, 0.6
+"""Of our joint step; speed and memory beside the public recipe's."""
 _PUBLIC_GB = 24.0
 """What the public recipe's way needs beyond ours at L = 4096: all logits, several times; repeated keys."""
 
