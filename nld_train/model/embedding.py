@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nld_train.model.main_grad import added_to_main_grad, main_grad
+from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 
 
 class _Lookup(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
         weight = ctx.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = sum_dtype(weight.dtype)
         total = main_grad(weight, dtype)
         ids, grad = ids.flatten(), grad.flatten(0, -2).to(dtype)
         if total is not None:

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nld_train.model.main_grad import added_to_main_grad, main_grad
+from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
 
@@ -70,11 +70,6 @@ def padded_to_shares(rows: Tensor, num_shares: int) -> Tensor:
     """``rows`` (int64 [R]) lengthened by row 0 until each of ``num_shares`` ranks gets as many, at least one."""
     per_share = max(1, -(-len(rows) // num_shares))
     return torch.nn.functional.pad(rows, (0, per_share * num_shares - len(rows)))
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax and sums run at least in fp32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _add_weight_gradient(
@@ -142,7 +137,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
         reduces_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        compute_dtype = _compute_dtype(hidden.dtype)
+        compute_dtype = sum_dtype(hidden.dtype)
         num_rows = hidden.shape[0]
         num_local = weight.shape[0]
         row_losses = torch.empty(num_rows, dtype=compute_dtype, device=hidden.device)

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over values of ``dtype``: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Megatron's gradient buffer; None for a parameter outside of DistributedDataParallel, or for another dtype."""
     if not hasattr(weight, "main_grad") or weight.main_grad.dtype != dtype:
