@@ -6,30 +6,24 @@ sequences that have a chunk alike.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nld_train.model.chunk_plan import Chunk, ChunkPlan, chunk_plan
 from nld_train.model.cpu_kernels import Kernel, kernel_for
+from nld_train.model.main_grad import sum_dtype
 from nld_train.objective.masks import cached_by_layout
-from nld_train.objective.sequence import RowTable, SequenceLayout, row_table
+from nld_train.objective.sequence import SequenceLayout
 from nld_train.platform.cpu import unredirected
 
 JOINED_PREFIX = 1024
 """Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
 needs no mask, and a merge; unless the kernel takes all keys at once."""
-
-_LARGEST_PADDING = 1.25
-"""Rows of a sequence's part of a chunk, padding included, for one that is needed: at most."""
-
-_PADDING_BLOCK = torch.iinfo(torch.int32).min  # no row's block
 
 
 def chunked_attention(
@@ -42,8 +36,8 @@ def chunked_attention(
     without a mask, and the two partial results are merged by their log-sum-exp. The G query heads of a key-value head
     are folded into rows, so keys and values are never repeated. Exact, in any of the kernel's dtypes.
 
-    Sequences of the same documents have the same chunks, whatever their noisy rows (see :class:`_Chunk`); padding rows
-    get 0 and no gradient.
+    Sequences of the same documents have the same chunks, whatever their noisy rows (see
+    :class:`~nld_train.model.chunk_plan.Chunk`); padding rows get 0 and no gradient.
     """
     if query.device.type != "cpu":
         raise ValueError(f"chunked_attention runs on the CPU, the query is on {query.device}")
@@ -71,374 +65,79 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A chunk as the kernel takes it.
+
+    ``number``: of the chunk in the plan. ``mask``: additive, [G / P * R, own keys] (or [n, 1, G / P * R, own keys]);
+    for a kernel that takes all keys [1 or n, R, R], of the last R keys. ``first_key``: the first clean token that is
+    taken with the chunk's own rows, ``chunk.document_start`` or ``chunk.start``. ``fold``: (n * K, P, G / P * R).
+    ``rows``, ``noisy_keys``: its elements of the queries and of the noisy keys.
+    """
+
+    chunk: Chunk
+    number: int
+    mask: Tensor
+    first_key: int
+    fold: tuple[int, int, int]
+    rows: slice
+    noisy_keys: slice
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Clean tokens [start, stop) and the noisy rows that stand for them, R rows together, of n sequences alike. Or, in
-    a shard, one noisy block that begins at start = stop. Sequences with fewer noisy rows than others have padding.
+class _Calls:
+    """All chunks of a micro-batch, from the last clean tokens to the first (see :class:`_Keys`)."""
 
-    No noisy block goes on over an end of a chunk, and neither does a document over an inner one that it does not begin:
-    either the whole chunk sees the clean prefix [document_start, start), or it begins with a document and sees none.
+    plan: ChunkPlan
+    calls: list[_Call]
 
-    ``sequences``: int64 [n], rising. ``first_row``: place of its rows (sequence by sequence, noisy rows, then clean
-    ones) in the plan's order. ``joined``: tokens of the prefix that are taken with the chunk's own rows: all or none.
-    """
-
-    sequences: Tensor
-    document_start: int
-    start: int
-    stop: int
-    first_row: int
-    num_noisy_rows: int
-    joined: int
-
-    @property
-    def has_long_prefix(self) -> bool:
-        return self.start - self.document_start > self.joined
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_noisy_rows + self.stop - self.start
-
-    def of(self, elements: Tensor, num_heads: int, *shape: int) -> Tensor:
-        """This chunk's n * num_heads * R elements of a tensor in the order of :meth:`_ChunkRows.elements`: a view."""
-        first, last = self.first_row * num_heads, (self.first_row + len(self.sequences) * self.num_rows) * num_heads
-        return elements[first:last].view(*shape, *elements.shape[1:])
-
-
-@dataclass(frozen=True, slots=True)
-class _ChunkRows:
-    """Which rows of a tensor the chunks take, in which order.
-
-    ``rows`` int64 [rows in chunks]: s * B + b, chunk by chunk; where there is padding, some row of the same sequence
-    and chunk. ``is_padding`` bool [rows in chunks]; None: none is. ``num_rows``: S * B. ``others`` int64: the rows in
-    no chunk.
-    """
-
-    chunks: list[_Chunk]
-    rows: Tensor
-    is_padding: Tensor | None
-    num_rows: int
-    others: Tensor
-    _elements: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-
-    def elements(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); its
-        inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one; and which of
-        the first are padding."""
-        if num_heads not in self._elements:
-            heads = torch.arange(num_heads)[:, None]
-            elements = self._of_heads(self.rows, lambda rows: rows * num_heads + heads)
-            places = torch.arange(len(elements))
-            padding = places[:0]
-            inverse = torch.full((self.num_rows * num_heads,), len(elements) - 1)
-            if self.is_padding is None:
-                inverse.scatter_(0, elements, places)
-            else:
-                is_padding = self._of_heads(self.is_padding, lambda rows: rows.expand(-1, num_heads, -1))
-                padding, needed = is_padding.nonzero().squeeze(1), (~is_padding).nonzero().squeeze(1)
-                inverse.scatter_(0, elements[needed], needed)
-            self._elements[num_heads] = elements, inverse, padding
-        return self._elements[num_heads]
-
-    def _of_heads(self, x: Tensor, to_heads: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` [rows in chunks], each chunk's as [n, 1, R] through ``to_heads``, which gives [n, heads, R]."""
-        of_chunks = x.split([len(chunk.sequences) * chunk.num_rows for chunk in self.chunks])
-        return torch.cat([
-            to_heads(rows.view(-1, 1, chunk.num_rows)).flatten()
-            for chunk, rows in zip(self.chunks, of_chunks, strict=True)
-        ])  # fmt: skip
-
-    def gather(self, x: Tensor, *, is_gradient: bool = False) -> Tensor:
-        """[rows * heads, D] of x [B, heads, S, D], in the order of :meth:`elements`; 0 on padding of a gradient."""
-        elements, _, padding = self.elements(x.shape[1])
-        gathered = x.permute(2, 0, 1, 3).flatten(0, 2).index_select(0, elements)
-        return gathered.index_fill_(0, padding, 0.0) if is_gradient and len(padding) > 0 else gathered
-
-    def scatter(self, elements: Tensor, like: Tensor) -> Tensor:
-        """Inverse of :meth:`gather`, in Megatron's memory order; 0 on rows of no chunk."""
-        num_sequences, num_heads, num_rows, dim = like.shape
-        out = elements.index_select(0, self.elements(num_heads)[1]).view(self.num_rows, num_heads, dim)
-        if self.others.numel() > 0:
-            out.index_fill_(0, self.others, 0.0)
-        return out.view(num_rows, num_sequences, num_heads, dim).permute(1, 2, 0, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class _ChunkPlan:
-    """How a micro-batch's rows fall into chunks: built once, used by all layers.
-
-    ``queries``: of the S rows, all but padding. ``keys``: of the N + L keys; the same but for a shard, whose chunks
-    hold only its own clean tokens (of the others they see prefixes). ``allowed``: the mask of each chunk against its
-    own rows, bool [n, R, R], or [1, R, R] where all n are equal.
-    """
-
-    chunks: list[_Chunk]
-    queries: _ChunkRows
-    keys: _ChunkRows
-    allowed: list[Tensor]
-    _masks: dict[tuple[int, int, int, Kernel, torch.dtype], list[Tensor]] = field(default_factory=dict)
-
-    def calls(
-        self, num_heads: int, num_kv_heads: int, dtype: torch.dtype, kernel: Kernel
-    ) -> Iterator[tuple[_Chunk, Tensor, int]]:
-        """Each chunk, its additive mask [G / P * R, joined + R] (or [n, 1, G / P * R, joined + R]), and P, the
-        parts its groups are taken in. For a kernel that takes all keys the mask is [1 or n, R, R], of its own rows."""
-        group = num_heads // num_kv_heads
-        # As few as give each thread a head, where that is wanted.
-        wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
-        num_threads = torch.get_num_threads() if kernel.splits_groups else 1
-        all_parts = [
-            next((x for x in wanted if x * num_kv_heads * len(chunk.sequences) >= num_threads), group)
-            for chunk in self.chunks
-        ]
-        dtype = kernel.mask_dtype(dtype)
-        key = (num_heads, num_kv_heads, num_threads, kernel, dtype)
-        if key not in self._masks:
-            masks = [torch.zeros(x.shape, dtype=dtype).masked_fill_(~x, -math.inf) for x in self.allowed]
-            if not kernel.takes_all_keys:
-                masks = [
-                    _repeated(mask, chunk.joined, group // parts)
-                    for chunk, mask, parts in zip(self.chunks, masks, all_parts, strict=True)
-                ]
-            self._masks[key] = masks
-        yield from zip(self.chunks, self._masks[key], all_parts, strict=True)
+    def in_order(self, results: list[Tensor]) -> Tensor:
+        """Results of the calls, joined in the plan's order."""
+        ordered: list[Tensor] = [results[0]] * len(results)
+        for call, result in zip(self.calls, results, strict=True):
+            ordered[call.number] = result
+        return torch.cat(ordered)
 
 
 @cached_by_layout
 @torch.inference_mode(False)
-def _chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int, joined_prefix: int) -> _ChunkPlan:
-    """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer. Prefixes of at most
-    ``joined_prefix`` tokens are taken with a chunk's own rows."""
-    table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
-    found, member_of_row = _found_members(layout, table, chunk_rows)
-    chunks, numbers = _padded_chunks(found, joined_prefix)
-    by_chunk, is_padding = _by_chunk(chunks, numbers, member_of_row, num_noisy)
-    sequences, rows = by_chunk // layout.num_rows, by_chunk % layout.num_rows
-    others = (member_of_row.t().flatten() < 0).nonzero().squeeze(1)
-    queries = keys = _ChunkRows(chunks, rows * num_sequences + sequences, is_padding, member_of_row.numel(), others)
-    if _is_shard(layout):
-        key_of_row = torch.cat([torch.arange(num_noisy), num_noisy + layout.shard.places(layout.clean_length)])
-        key_rows, num_keys = key_of_row[rows] * num_sequences + sequences, layout.num_keys * num_sequences
-        is_other = torch.ones(num_keys, dtype=torch.bool).index_fill_(0, key_rows, False)
-        keys = _ChunkRows(chunks, key_rows, is_padding, num_keys, is_other.nonzero().squeeze(1))
-    return _ChunkPlan(chunks, queries, keys, _allowed_pairs(chunks, table, by_chunk, is_padding, layout.clean_length))
-
-
-class _Place(NamedTuple):
-    """Of a chunk. ``copy``: of the same noisy block in the same sequence, as a chunk has one of each sequence."""
-
-    copy: int
-    document_start: int
-    start: int
-    stop: int
-
-
-class _Member(NamedTuple):
-    """What one sequence has of a chunk."""
-
-    sequence: int
-    num_noisy_rows: int
-    number: int  # in the order in which they were found
-
-
-def _is_shard(layout: SequenceLayout) -> bool:
-    """A shard's noisy blocks need not stand for clean rows of it: each is a chunk without any."""
-    return len(layout.shard.ranges(layout.clean_length)) > 1
-
-
-def _found_members(
-    layout: SequenceLayout, table: RowTable, chunk_rows: int
-) -> tuple[dict[_Place, list[_Member]], Tensor]:
-    """What each sequence has of each chunk (several that stand for the same tokens are one: fewer and longer calls),
-    and int64 [B, S], the number of each row's member, -1 for padding."""
-    num_noisy, length = layout.num_noisy_rows, layout.num_clean_rows
-    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
-    places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
-    document_starts = table.first_keys[:, num_noisy:]
-    is_shard = _is_shard(layout)
-    boundaries, noisy_before = _noisy_blocks(table, places, is_noisy & (not is_shard), length)
-
-    found: dict[_Place, list[_Member]] = {}
-    num_found = 0
-    member_of_row = torch.full(table.blocks.shape, -1)
-
-    def add(sequence: int, num_noisy_rows: int, document_start: int, start: int, stop: int) -> None:
-        nonlocal num_found
-        copy = 0
-        while (place := _Place(copy, document_start, start, stop)) in found and found[place][-1].sequence == sequence:
-            copy += 1
-        found.setdefault(place, []).append(_Member(sequence, num_noisy_rows, num_found))
-        num_found += 1
-
-    for together in _alike(document_starts):
-        documents = document_starts[together[0]]
-        # Ends that suit all of them: where none has a block, at their mean number of rows.
-        may_end = boundaries[together].all(0).numpy()
-        mean_before = noisy_before[together].double().mean(0).tolist()
-        first = 0  # number of the range's first clean row
-        for range_start, range_stop in layout.shard.ranges(layout.clean_length):
-            last = first + range_stop - range_start
-            begins_document = documents[first:last].numpy() == np.arange(range_start, range_stop)
-            ends = _chunk_ends(may_end[first : last + 1], begins_document, mean_before[first : last + 1], chunk_rows)
-            for start, stop in zip([0, *ends], ends, strict=False):
-                counts = (noisy_before[together, first + stop] - noisy_before[together, first + start]).tolist()
-                for sequence, num_noisy_rows in zip(together, counts, strict=True):
-                    member_of_row[sequence, num_noisy + first + start : num_noisy + first + stop] = num_found
-                    document_start = int(documents[first + start])
-                    add(sequence, num_noisy_rows, document_start, range_start + start, range_start + stop)
-            first = last
-    for sequence in range(len(table.blocks) if num_noisy else 0):
-        of_noisy, of_clean = member_of_row[sequence].split([num_noisy, length])
-        rows = is_noisy[sequence].nonzero().squeeze(1)
-        if is_shard:
-            _, numbers_of_blocks, sizes = table.blocks[sequence, rows].unique_consecutive(
-                return_inverse=True, return_counts=True
+def _calls(
+    layout: SequenceLayout,
+    num_sequences: int,
+    chunk_rows: int,
+    joined_prefix: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    kernel: Kernel,
+    num_threads: int,
+) -> _Calls:
+    plan = chunk_plan(layout, num_sequences, chunk_rows)
+    group = num_heads // num_kv_heads
+    # As few parts as give each thread a head, where that is wanted.
+    wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
+    calls: list[_Call] = []
+    for number, (chunk, allowed) in enumerate(zip(plan.chunks, plan.allowed, strict=True)):
+        heads, num_rows = chunk.num_sequences * num_kv_heads, chunk.num_rows
+        parts = next((x for x in wanted if x * heads >= (num_threads if kernel.splits_groups else 1)), group)
+        is_joined = chunk.start - chunk.document_start <= joined_prefix
+        first_key = chunk.document_start if is_joined else chunk.start
+        mask = torch.zeros(allowed.shape, dtype=kernel.mask_dtype(dtype)).masked_fill_(~allowed, -math.inf)
+        if not kernel.takes_all_keys:
+            mask = _repeated(mask, chunk.start - first_key, group // parts)
+        first_row, first_noisy = chunk.first_row * num_heads, chunk.first_noisy_row * num_kv_heads
+        calls.append(
+            _Call(
+                chunk=chunk,
+                number=number,
+                mask=mask,
+                first_key=first_key,
+                fold=(heads, parts, group // parts * num_rows),
+                rows=slice(first_row, first_row + heads * group * num_rows),
+                noisy_keys=slice(first_noisy, first_noisy + heads * chunk.num_noisy_rows),
             )
-            of_noisy[rows] = num_found + numbers_of_blocks
-            first_rows = rows[sizes.cumsum(0) - sizes]
-            starts, stops = (x[sequence, first_rows].tolist() for x in (table.first_keys, table.end_keys))
-            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
-                add(sequence, size, document_start, start, start)
-        else:
-            of_noisy[rows] = of_clean[places[sequence, rows]]
-    return found, member_of_row
-
-
-def _noisy_blocks(table: RowTable, places: Tensor, is_noisy: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of noisy rows that stand for ``places`` [B, N], where ``is_noisy``: bool [B, L + 1], no block goes on over this
-    place; int64 [B, L + 1], rows that stand for an earlier one."""
-    num_noisy = places.shape[1]
-    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
-    crossings = torch.zeros(len(places), length + 2, dtype=torch.int64)
-    num_copies = torch.zeros(len(places), length, dtype=torch.int64)
-    if is_noisy.any():
-        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
-        crossings.scatter_add_(1, places + 1, -is_noisy.long())
-        num_copies.scatter_add_(1, places, is_noisy.long())
-    return crossings.cumsum(1)[:, : length + 1] == 0, F.pad(num_copies.cumsum(1), (1, 0))
-
-
-def _padded_chunks(found: dict[_Place, list[_Member]], joined_prefix: int) -> tuple[list[_Chunk], Tensor]:
-    """Chunks of members with little padding, and int64 [members], their numbers in the chunks' order."""
-    chunks: list[_Chunk] = []
-    numbers: list[int] = []
-    first_row = 0
-    for (_, document_start, start, stop), of_place in found.items():
-        for members in _padded_alike(of_place, stop - start):
-            prefix = start - document_start
-            chunk = _Chunk(
-                sequences=torch.tensor([member.sequence for member in members]),
-                document_start=document_start,
-                start=start,
-                stop=stop,
-                first_row=first_row,
-                num_noisy_rows=max(member.num_noisy_rows for member in members),
-                joined=prefix if prefix <= joined_prefix else 0,
-            )
-            chunks.append(chunk)
-            numbers += [member.number for member in members]
-            first_row += len(members) * chunk.num_rows
-    return chunks, torch.tensor(numbers)
-
-
-def _by_chunk(
-    chunks: list[_Chunk], numbers: Tensor, member_of_row: Tensor, num_noisy: int
-) -> tuple[Tensor, Tensor | None]:
-    """Rows (b * S + s) in the plan's order: member by member, noisy ones before clean ones, then in their own order;
-    and which of them stand for padding, bool; None: none do."""
-    member_rows = torch.tensor([(chunk.num_noisy_rows, chunk.num_rows) for chunk in chunks for _ in chunk.sequences])
-    member_ends = member_rows[:, 1].cumsum(0)
-    member_starts = member_ends - member_rows[:, 1]
-    bases = torch.stack([member_starts, member_starts + member_rows[:, 0]], dim=1).flatten()  # by 2 * member + is_clean
-    ranks = torch.empty_like(numbers).scatter_(0, numbers, torch.arange(len(numbers)))
-    kinds = 2 * ranks[member_of_row]
-    kinds[:, num_noisy:] += 1
-    kinds.masked_fill_(member_of_row < 0, -1)
-    num_in_none = int((kinds < 0).sum())
-    order = kinds.flatten().argsort(stable=True)[num_in_none:]
-    sorted_kinds = kinds.flatten()[order]
-    num_of_kind = sorted_kinds.bincount(minlength=2 * len(numbers))
-    places = bases[sorted_kinds] + torch.arange(len(order)) - (num_of_kind.cumsum(0) - num_of_kind)[sorted_kinds]
-    by_chunk = torch.full((int(member_ends[-1]),), -1).scatter_(0, places, order)
-    if len(order) == len(by_chunk):
-        return by_chunk, None
-    is_padding = by_chunk < 0
-    # A member's last row is clean, if it has any; its first is noisy, else.
-    stand_ins = torch.where(by_chunk[member_ends - 1] < 0, by_chunk[member_starts], by_chunk[member_ends - 1])
-    return torch.where(is_padding, stand_ins.repeat_interleave(member_rows[:, 1]), by_chunk), is_padding
-
-
-def _alike(document_starts: Tensor) -> list[list[int]]:
-    """Sequences with the same documents, of int64 [B, L]."""
-    found: dict[bytes, list[int]] = {}
-    for sequence, starts in enumerate(document_starts):
-        found.setdefault(starts.numpy().tobytes(), []).append(sequence)
-    return list(found.values())
-
-
-def _padded_alike(members: list[_Member], num_clean_rows: int) -> Iterator[list[_Member]]:
-    """Members that are padded to the same number of noisy rows, with little padding; by sequence."""
-    together: list[_Member] = []
-    for member in sorted(members, key=lambda member: -member.num_noisy_rows):
-        largest = together[0].num_noisy_rows if together else 0
-        if largest + num_clean_rows > _LARGEST_PADDING * (member.num_noisy_rows + num_clean_rows):
-            yield sorted(together)
-            together = []
-        together.append(member)
-    yield sorted(together)
-
-
-def _chunk_ends(
-    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[float], chunk_rows: int
-) -> list[int]:
-    """Where the chunks of one sequence, or of some with the same documents, end.
-
-    Args:
-        is_boundary: bool [L + 1], no noisy block goes on over this place.
-        begins_document: bool [L].
-        noisy_before: [L + 1], noisy rows that stand for an earlier clean token; of several sequences their mean.
-        chunk_rows: rows of a chunk, at most, unless a block is longer.
-    """
-    length = len(begins_document)
-    boundaries = is_boundary.nonzero()[0].tolist()
-    rows_before = [place + noisy_before[place] for place in boundaries]
-    document_starts = [*begins_document.nonzero()[0].tolist(), length]
-    ends: list[int] = []
-    start = 0
-    while start < length:
-        last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
-        fits = bisect_right(rows_before, start + noisy_before[start] + chunk_rows)
-        end = boundaries[min(fits, bisect_right(boundaries, last)) - 1]
-        start = end if end > start else boundaries[bisect_right(boundaries, start)]
-        ends.append(start)
-    return ends
-
-
-def _allowed_pairs(
-    chunks: list[_Chunk], table: RowTable, rows: Tensor, is_padding: Tensor | None, clean_length: int
-) -> list[Tensor]:
-    """Mask of each chunk against its own rows; ``rows``: b * S + s, chunk by chunk. Padding is a block of its own:
-    nobody sees it, and it sees something."""
-    blocks, first_keys, end_keys = (
-        x.flatten()[rows].to(torch.int32)[:, None] for x in (table.blocks, table.first_keys, table.end_keys)
-    )
-    if is_padding is not None:
-        blocks = blocks.masked_fill(is_padding[:, None], _PADDING_BLOCK)
-    places = torch.arange(clean_length, dtype=torch.int32)
-    allowed: list[Tensor] = []
-    for chunk in chunks:
-        num_sequences, num_rows, num_noisy = len(chunk.sequences), chunk.num_rows, chunk.num_noisy_rows
-        block, first_key, end_key = (chunk.of(x, 1, num_sequences, num_rows) for x in (blocks, first_keys, end_keys))
-        pairs = torch.empty(num_sequences, num_rows, num_rows, dtype=torch.bool)
-        clean = places[chunk.start : chunk.stop]
-        torch.eq(block, block[:, :num_noisy].mT, out=pairs[..., :num_noisy])
-        torch.logical_and(first_key <= clean, clean < end_key, out=pairs[..., num_noisy:])
-        allowed.append(pairs[:1] if bool((pairs == pairs[:1]).all()) else pairs)
-    return allowed
+        )
+    return _Calls(plan, sorted(calls, key=lambda call: -call.chunk.stop))
 
 
 def _repeated(mask: Tensor, joined: int, num_folded: int) -> Tensor:
@@ -459,28 +158,29 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @unredirected
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
-        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        num_sequences, num_heads, _, dim = query.shape
         kernel = kernel_for(query.dtype, layout.clean_length)
-        chunk_rows = _chunk_rows(query.dtype, num_heads // num_kv_heads, kernel)
+        chunk_rows = _chunk_rows(query.dtype, num_heads // key.shape[1], kernel)
         joined_prefix = layout.clean_length if kernel.takes_all_keys else JOINED_PREFIX
-        plan = _chunk_plan(layout, len(query), chunk_rows, joined_prefix)
+        shape = (num_heads, key.shape[1], query.dtype)
+        all_calls = _calls(layout, num_sequences, chunk_rows, joined_prefix, *shape, kernel, torch.get_num_threads())
+        plan = all_calls.plan
         rows = plan.queries.gather(query)
-        keys, values = _Keys(plan, key, layout), _Keys(plan, value, layout)
+        keys, values = _Keys(plan, key), _Keys(plan, value)
         outs: list[Tensor] = []
         log_sums_exp: list[Tensor] = []
-        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
-            of_chunk = chunk.of(rows, num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
-            own = keys.own(chunk, parts), values.own(chunk, parts)
-            out, log_sum_exp = kernel.forward(of_chunk, *own, mask, scale)
-            if chunk.has_long_prefix:
-                prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
+        for call in all_calls.calls:
+            of_chunk = rows[call.rows].view(*call.fold, dim)
+            out, log_sum_exp = kernel.forward(of_chunk, keys.own(call), values.own(call), call.mask, scale)
+            if call.first_key > call.chunk.document_start:
+                prefix = keys.prefix(call), values.prefix(call)
                 out, log_sum_exp = _merge(out, log_sum_exp, *kernel.forward(of_chunk, *prefix, None, scale))
-            outs.append(out.flatten(0, 2))
+            outs.append(out.reshape(-1, dim))
             log_sums_exp.append(log_sum_exp.flatten())
-        out = plan.queries.scatter(torch.cat(outs), query)
-        results = () if kernel.takes_all_keys else (out, torch.cat(log_sums_exp))
+        out = plan.queries.scatter(all_calls.in_order(outs), num_sequences, num_heads).permute(1, 2, 0, 3)
+        results = () if kernel.takes_all_keys else (out, all_calls.in_order(log_sums_exp))
         ctx.save_for_backward(query, key, value, *results)
-        ctx.layout, ctx.plan, ctx.kernel, ctx.scale = layout, plan, kernel, scale
+        ctx.calls, ctx.kernel, ctx.scale = all_calls, kernel, scale
         return out
 
     @staticmethod
@@ -488,90 +188,116 @@ class _ChunkedAttention(torch.autograd.Function):
     @unredirected
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *results = ctx.saved_tensors
-        plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
-        num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        rows, grad_out_rows = plan.queries.gather(query), plan.queries.gather(grad_out, is_gradient=True)
+        all_calls, kernel, scale = ctx.calls, ctx.kernel, ctx.scale
+        plan = all_calls.plan
+        num_sequences, num_heads, _, dim = query.shape
+        rows, grad_out_rows = plan.queries.gather(query), plan.queries.gather(grad_out, zero_padding=True)
         result_rows = [plan.queries.gather(results[0]), results[1]] if results else []
-        keys, values = _Keys(plan, key, ctx.layout), _Keys(plan, value, ctx.layout)
-        grad_keys, grad_values = (_KeyGradients(x) for x in (keys, values))
+        keys, values = _Keys(plan, key), _Keys(plan, value)
+        grad_keys, grad_values = _KeyGradients(keys), _KeyGradients(values)
         grad_rows: list[Tensor] = []
-        for chunk, mask, parts in plan.calls(num_heads, num_kv_heads, query.dtype, kernel):
-            fold = (num_heads, len(chunk.sequences) * num_kv_heads, parts, -1)
-            grad, of_chunk = chunk.of(grad_out_rows, *fold), chunk.of(rows, *fold)
-            of_results = [chunk.of(x, *fold) for x in result_rows] or [None, None]
-            own = keys.own(chunk, parts), values.own(chunk, parts)
-            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_results, mask, scale)
-            grad_keys.set_own(chunk, of_keys)
-            grad_values.set_own(chunk, of_values)
-            if chunk.has_long_prefix:
-                prefix = keys.prefix(chunk, parts), values.prefix(chunk, parts)
+        for call in all_calls.calls:
+            grad, of_chunk = (x[call.rows].view(*call.fold, dim) for x in (grad_out_rows, rows))
+            of_results = [x[call.rows].view(*call.fold, *x.shape[1:]) for x in result_rows] or [None, None]
+            own = keys.own(call), values.own(call)
+            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_results, call.mask, scale)
+            grad_keys.add_own(call, of_keys)
+            grad_values.add_own(call, of_values)
+            if call.first_key > call.chunk.document_start:
+                prefix = keys.prefix(call), values.prefix(call)
                 more_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *prefix, *of_results, None, scale)
                 of_rows = of_rows + more_rows
-                grad_keys.add_prefix(chunk, of_keys)
-                grad_values.add_prefix(chunk, of_values)
-            grad_rows.append(of_rows.flatten(0, 2))
-        grad_query = plan.queries.scatter(torch.cat(grad_rows), query)
-        return grad_query, grad_keys.total(key), grad_values.total(value), None, None
+                grad_keys.add_prefix(call, of_keys)
+                grad_values.add_prefix(call, of_values)
+            grad_rows.append(of_rows.reshape(-1, dim))
+        grad_query = plan.queries.scatter(all_calls.in_order(grad_rows), num_sequences, num_heads)
+        return grad_query.permute(1, 2, 0, 3), grad_keys.total(), grad_values.total(), None, None
 
 
 class _Keys:
-    """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0."""
+    """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0.
 
-    def __init__(self, plan: _ChunkPlan, x: Tensor, layout: SequenceLayout) -> None:
+    A chunk's keys are clean tokens up to its end and its noisy rows. So that they stand in one piece without a copy of
+    the clean ones, the noisy rows are written over the tokens behind them: calls go from the last tokens to the first,
+    and those that follow need only tokens before their own end.
+
+    Args:
+        x: [B, K, N + L, D].
+    """
+
+    def __init__(self, plan: ChunkPlan, x: Tensor) -> None:
+        num_noisy = plan.noisy_keys.num_rows // len(x)
+        clean = x[:, :, num_noisy:]
+        num_sequences, self.num_heads, self.length, dim = clean.shape
         self.plan = plan
-        self.num_heads = x.shape[1]
-        self.rows = plan.keys.gather(x)
-        self.clean = x[:, :, layout.num_noisy_rows :].contiguous()
+        self.noisy = plan.noisy_keys.gather(x[:, :, :num_noisy], zero_padding=True)
+        room = max(chunk.num_noisy_rows for chunk in plan.chunks)
+        self.tokens = x.new_empty(num_sequences, self.num_heads, self.length + room, dim)
+        self.tokens[:, :, : self.length] = clean
 
-    def own(self, chunk: _Chunk, parts: int) -> Tensor:
-        """[n * K, parts, joined + R, D]: the chunk's rows, behind the prefix if that is joined."""
-        num_sequences = len(chunk.sequences)
-        own = chunk.of(self.rows, self.num_heads, num_sequences * self.num_heads, 1, -1)
-        if chunk.joined:
-            own = torch.cat([self.prefix(chunk, 1), own], dim=2)
-        return own.expand(-1, parts, -1, -1)
+    def own(self, call: _Call) -> Tensor:
+        """[n * K, P, own keys, D]: clean tokens from ``call.first_key``, then the chunk's noisy rows. Once per call."""
+        chunk, dim = call.chunk, self.tokens.shape[-1]
+        noisy = self.noisy[call.noisy_keys].view(chunk.num_sequences, self.num_heads, chunk.num_noisy_rows, dim)
+        if chunk.run is None:
+            clean = self.tokens[:, :, call.first_key : chunk.stop].index_select(0, chunk.sequences)
+            own = torch.cat([clean, noisy], dim=2)
+        else:
+            tokens, end = self.tokens[chunk.run], chunk.stop + chunk.num_noisy_rows
+            tokens[:, :, chunk.stop : end] = noisy
+            own = tokens[:, :, call.first_key : end]
+        return own.flatten(0, 1)[:, None].expand(-1, call.fold[1], -1, -1)
 
-    def prefix(self, chunk: _Chunk, parts: int) -> Tensor:
-        """[n * K, parts, start - document_start, D]"""
-        clean = self.clean[:, :, chunk.document_start : chunk.start]
-        if len(chunk.sequences) < len(clean):
-            clean = clean.index_select(0, chunk.sequences)
-        return clean.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
+    def prefix(self, call: _Call) -> Tensor:
+        """[n * K, P, start - document_start, D]"""
+        chunk = call.chunk
+        clean = self.tokens[:, :, chunk.document_start : chunk.start]
+        clean = clean.index_select(0, chunk.sequences) if chunk.run is None else clean[chunk.run]
+        return clean.flatten(0, 1)[:, None].expand(-1, call.fold[1], -1, -1)
 
 
 class _KeyGradients:
-    """Sums of what the chunks give to each key. A clean key collects a term from every later chunk of its document, at
-    least in fp32; from its own chunk a key has one, in the dtype of the kernel."""
+    """Sums of what the chunks give to each key. A clean key collects a term from its own and every later chunk of its
+    document, at least in fp32; a noisy one has a term from its own chunk, in the dtype of the kernel."""
 
     def __init__(self, keys: _Keys) -> None:
-        self.keys = keys
-        self.rows = torch.empty_like(keys.rows)
-        self.clean = torch.zeros_like(keys.clean, dtype=_accumulation_dtype(keys.rows))
+        self.plan = keys.plan
+        num_sequences, num_heads, _, dim = keys.tokens.shape
+        dtype = sum_dtype(keys.tokens.dtype)
+        self.clean = torch.zeros(num_sequences, num_heads, keys.length, dim, dtype=dtype)
+        self.noisy = torch.empty_like(keys.noisy)
 
-    def set_own(self, chunk: _Chunk, grad: Tensor) -> None:
-        total, num_sequences = self._over_parts(grad), len(chunk.sequences)
-        own = chunk.of(self.rows, self.keys.num_heads, num_sequences * self.keys.num_heads, -1)
-        own.copy_(total[:, chunk.joined :])
-        if chunk.joined:
-            self._add(chunk, total[:, : chunk.joined])
+    def add_own(self, call: _Call, grad: Tensor) -> None:
+        """``grad`` [n * K, P, own keys, D]."""
+        total, chunk = self._over_parts(grad), call.chunk
+        num_clean = chunk.stop - call.first_key
+        if chunk.num_noisy_rows:
+            noisy = total[:, num_clean:]
+            self.noisy[call.noisy_keys].view(noisy.shape).copy_(noisy)
+        self._add(chunk, slice(call.first_key, chunk.stop), total[:, :num_clean])
 
-    def add_prefix(self, chunk: _Chunk, grad: Tensor) -> None:
-        self._add(chunk, self._over_parts(grad))
+    def add_prefix(self, call: _Call, grad: Tensor) -> None:
+        """``grad`` [n * K, P, start - document_start, D]."""
+        self._add(call.chunk, slice(call.chunk.document_start, call.chunk.start), self._over_parts(grad))
 
-    def _add(self, chunk: _Chunk, total: Tensor) -> None:
-        total = total.unflatten(0, (len(chunk.sequences), -1))
-        clean = self.clean[:, :, chunk.document_start : chunk.start]
-        if len(chunk.sequences) == len(clean):
-            clean += total
-        else:
+    def _add(self, chunk: Chunk, tokens: slice, total: Tensor) -> None:
+        total = total.unflatten(0, (chunk.num_sequences, -1))
+        clean = self.clean[:, :, tokens]
+        if chunk.run is None:
             clean.index_add_(0, chunk.sequences, total.to(clean.dtype))
+        else:
+            clean[chunk.run] += total
 
     def _over_parts(self, grad: Tensor) -> Tensor:
-        """[n * K, parts, keys, D] -> [n * K, keys, D]"""
+        """[n * K, P, keys, D] -> [n * K, keys, D]"""
         return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.clean.dtype)
 
-    def total(self, like: Tensor) -> Tensor:
-        total = self.keys.plan.keys.scatter(self.rows, like)
-        clean = total[:, :, -self.clean.shape[2] :]
-        clean.copy_(clean + self.clean)
-        return total
+    def total(self) -> Tensor:
+        """[B, K, N + L, D] in Megatron's memory order."""
+        num_sequences, num_heads, length, dim = self.clean.shape
+        num_noisy = self.plan.noisy_keys.num_rows // num_sequences
+        total = self.noisy.new_empty(num_noisy + length, num_sequences, num_heads, dim)
+        if num_noisy:
+            total[:num_noisy] = self.plan.noisy_keys.scatter(self.noisy, num_sequences, num_heads)
+        total[num_noisy:] = self.clean.permute(2, 0, 1, 3)
+        return total.permute(1, 2, 0, 3)

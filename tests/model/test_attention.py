@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from nld_train.config.schema import AttentionBackend, RopeConfig
 from nld_train.errors import ConfigError
 from nld_train.model import attention as attention_module
+from nld_train.model import chunk_plan as plan_module
 from nld_train.model import chunked_attention as chunked_module
 from nld_train.model.attention import (
     JointAttention,
@@ -33,7 +34,7 @@ from nld_train.model.attention import (
 from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
-from nld_train.objective.sequence import JointBatch, SequenceLayout, Shard, row_table, shard_batch
+from nld_train.objective.sequence import JointBatch, RowTable, SequenceLayout, Shard, row_table, shard_batch
 from nld_train.testing.layouts import table_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -396,8 +397,11 @@ def test_packed_documents_are_the_documents_alone(
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_padding_rows_touch_nothing(poison: float):
-    layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
+@pytest.mark.parametrize("name", ["rho 0.5, padding", "nothing noisy in one"])
+def test_padding_rows_touch_nothing(name: str, poison: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
+    documents, noisy = TABLE_LAYOUTS[name]
+    layout = table_layout(16, [documents[-1]] * 2, noisy)
     padding = is_padding(layout)
     assert padding.any()
     inputs = make_inputs(layout, 2, 4, 2, 8, dtype=torch.float64)
@@ -408,15 +412,28 @@ def test_padding_rows_touch_nothing(poison: float):
         assert (a.masked_select(padding) == 0).all()
 
 
+def test_noisy_rows_may_all_be_padding():
+    """As of a context rank that has none of the blocks."""
+    clean = torch.arange(32)
+    table = RowTable(
+        position_ids=torch.cat([torch.zeros(2, dtype=torch.int64), clean])[None],
+        blocks=torch.cat([torch.tensor([-2, -3]), torch.full((32,), -1)])[None],
+        first_keys=torch.zeros(1, 34, dtype=torch.int64),
+        end_keys=torch.cat([torch.zeros(2, dtype=torch.int64), clean + 1])[None],
+    )
+    layout = SequenceLayout(32, 16, has_noisy_half=True, table=table)
+    assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64)
+
+
 def test_chunks_cover_what_they_should():
     """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows."""
     layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
-    chunks = chunked_module._chunk_plan(layout, 1, 160, 1024).chunks
+    chunks = plan_module.chunk_plan(layout, 1, 160).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
         (0, 0, 96, 0), (0, 96, 212, 44), (0, 212, 300, 0), (300, 300, 368, 32),
     ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
-    chunks = chunked_module._chunk_plan(layout, 1, 256, 1024).chunks
+    chunks = plan_module.chunk_plan(layout, 1, 256).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
@@ -425,7 +442,7 @@ def test_chunks_cover_what_they_should():
 def chunks_of(layout: SequenceLayout, chunk_rows: int) -> list[tuple[list[int], int, int, int]]:
     """Sequences, start, stop and noisy rows of each."""
     assert layout.table is not None
-    plan = chunked_module._chunk_plan(layout, len(layout.table.blocks), chunk_rows, 1024)
+    plan = plan_module.chunk_plan(layout, len(layout.table.blocks), chunk_rows)
     return [(chunk.sequences.tolist(), chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in plan.chunks]
 
 
@@ -451,10 +468,10 @@ def test_sequences_of_the_same_documents_have_the_same_chunks():
 def test_chunks_taken_together_may_differ(kv_heads: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
     """Blocks at different places of the same chunk, or none there: masks of their own, and padding."""
     set_chunk_rows(monkeypatch, 80, 1024)
-    monkeypatch.setattr(chunked_module, "_LARGEST_PADDING", 10.0)
+    monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
     monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48), range(80, 96)]])
-    plan = chunked_module._chunk_plan(layout, 3, 80, 1024)
+    plan = plan_module.chunk_plan(layout, 3, 80)
     assert [chunk.sequences.tolist() for chunk in plan.chunks] == [[0, 1, 2]] * len(plan.chunks)
     assert [len(allowed) for allowed in plan.allowed] == [3] * len(plan.chunks)
     assert plan.queries.is_padding is not None
@@ -466,7 +483,7 @@ def test_chunks_taken_together_may_differ(kv_heads: int, kernel: Kernel, monkeyp
 @pytest.mark.parametrize("kernel", [FLASH, PRODUCTS], ids=["flash", "products"])
 def test_a_sequence_does_not_see_what_it_is_taken_with(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
     """A number that is not finite stays in its sequence, padding included: the step can be left out by its sample."""
-    monkeypatch.setattr(chunked_module, "_LARGEST_PADDING", 10.0)
+    monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
     monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = table_layout(16, [[128]] * 3, [[range(32, 48), range(80, 96)], [], [range(16)]])
     inputs = make_inputs(layout, 3, 4, 2, 8, dtype=torch.bfloat16)
@@ -484,17 +501,18 @@ def test_a_sequence_does_not_see_what_it_is_taken_with(kernel: Kernel, monkeypat
 def test_masks_do_not_grow_with_the_heads():
     """Of two sequences with masks of their own: one for each sequence, in torch's kernel for each folded head."""
     layout = table_layout(16, [[128]] * 2, [[range(16)], [range(32, 48)]])
-    plan = chunked_module._chunk_plan(layout, 2, 256, 128)
-    masks = [mask for _, mask, _ in plan.calls(8, 2, torch.bfloat16, PRODUCTS)]
-    assert [tuple(mask.shape) for mask in masks] == [(2, 144, 144)]
-    masks = [mask for _, mask, _ in plan.calls(8, 2, torch.float32, FLASH)]
-    assert [tuple(mask.shape) for mask in masks] == [(2, 1, 4 * 144, 144)]
+    for dtype, kernel, shape in (
+        (torch.bfloat16, PRODUCTS, (2, 144, 144)),
+        (torch.float32, FLASH, (2, 1, 4 * 144, 144)),
+    ):
+        calls = chunked_module._calls(layout, 2, 256, 128, 8, 2, dtype, kernel, 1).calls
+        assert [tuple(call.mask.shape) for call in calls] == [shape]
 
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
     layout = table_layout(16, *TABLE_LAYOUTS["complementary"])
-    plan = chunked_module._chunk_plan(layout, 2, 128, 1024)
-    assert chunked_module._chunk_plan(layout, 2, 128, 1024) is plan
+    plan = plan_module.chunk_plan(layout, 2, 128)
+    assert plan_module.chunk_plan(layout, 2, 128) is plan
     run(chunked_attention, make_inputs(layout, 2, 4, 2, 8, dtype=torch.float32), layout)
     assert layout.table is not None
     held = [weakref.ref(x) for x in (plan.queries.rows, layout.table.end_keys)]
