@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -48,14 +47,13 @@ def chunked_attention(
 def _chunk_rows(dtype: torch.dtype, group: int, kernel: Kernel) -> int:
     """Noisy and clean rows that are taken at a time, of heads in groups of ``group``: as measured.
 
-    torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. In half
-    precision small tiles cost up to twice as much; in the others more rows only cost more pairs.
+    torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. Small
+    tiles cost more in half precision, where large groups reach 768 without many more pairs; else more rows only cost
+    more pairs.
     """
     if kernel.takes_all_keys:
         return 256
-    if dtype.itemsize > 2:
-        return 160
-    return max(192, -(-768 // group)) if group > 2 else 192
+    return max(128, -(-768 // group)) if dtype.itemsize <= 2 and group > 2 else 128
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +120,11 @@ def _calls(
         parts = next((x for x in wanted if x * heads >= (num_threads if kernel.splits_groups else 1)), group)
         is_joined = chunk.start - chunk.document_start <= joined_prefix
         first_key = chunk.document_start if is_joined else chunk.start
-        mask = torch.zeros(allowed.shape, dtype=kernel.mask_dtype(dtype)).masked_fill_(~allowed, -math.inf)
-        if not kernel.takes_all_keys:
-            mask = _repeated(mask, chunk.start - first_key, group // parts)
+        is_shared = kernel.takes_all_keys  # by all that is folded into rows
+        joined, num_folded = (0, 1) if is_shared else (chunk.start - first_key, group // parts)
+        mask = _additive(allowed, joined, num_folded, kernel.mask_dtype(dtype))
+        if not is_shared:
+            mask = mask[0] if len(mask) == 1 else mask[:, None]
         first_row, first_noisy = chunk.first_row * num_heads, chunk.first_noisy_row * num_kv_heads
         calls.append(
             _Call(
@@ -140,11 +140,13 @@ def _calls(
     return _Calls(plan, sorted(calls, key=lambda call: -call.chunk.stop))
 
 
-def _repeated(mask: Tensor, joined: int, num_folded: int) -> Tensor:
-    """Additive mask [n, R, R] with a 0 for each of the joined tokens, once for each query head that is folded into
-    rows; [1, R, R] serves all sequences."""
-    mask = F.pad(mask, (joined, 0)).repeat(1, num_folded, 1)
-    return mask[0] if len(mask) == 1 else mask[:, None]
+def _additive(allowed: Tensor, joined: int, num_folded: int, dtype: torch.dtype) -> Tensor:
+    """[n, num_folded * R, joined + R] of bool [n, R, R]: 0 or -inf, once for each query head that is folded into rows,
+    with a 0 for each of the joined tokens."""
+    num_masks, num_rows, _ = allowed.shape
+    mask = torch.zeros(num_masks, num_folded, num_rows, joined + num_rows, dtype=dtype)
+    mask[..., joined:].masked_fill_(~allowed[:, None], -math.inf)
+    return mask.flatten(1, 2)
 
 
 class _ChunkedAttention(torch.autograd.Function):

@@ -59,8 +59,11 @@ class DecoderAttention(JointAttention):
 
 
 class DecoderSelfAttention(SelfAttention):
-    """Megatron's, whose keys and values are copies: as views of the qkv product they would keep all of it for the
-    backward pass (the queries in it are copied in any case)."""
+    """Megatron's, whose values are copies: as views of the qkv product they would keep all of it for the backward pass.
+
+    The queries in it are copied in any case, and the rotation copies the keys; but an attention that is recomputed
+    keeps them as they come.
+    """
 
     def get_query_key_value_tensors(self, *args: Any, split_qkv: bool = True, **kwargs: Any) -> Any:
         """As Megatron's."""
@@ -68,7 +71,9 @@ class DecoderSelfAttention(SelfAttention):
         if not split_qkv:
             return tensors
         query, key, value, *rest = tensors
-        return query, key.contiguous(), value.contiguous(), *rest
+        if self.checkpoint_core_attention:
+            key = key.contiguous()
+        return query, key, value.contiguous(), *rest
 
 
 class Residual:

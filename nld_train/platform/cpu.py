@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -111,6 +112,17 @@ def enter() -> None:
     megatron_random._lazy_call = _run_now  # type: ignore[assignment]
     _active = _CudaMeansCpu()
     _active.__enter__()
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, as Linux names it; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def keep_freed_memory() -> bool:

@@ -129,6 +129,25 @@ def test_joint_backends_equal_the_written_out_softmax(
     assert_equals_written_out(attention, layout, inputs)
 
 
+@pytest.mark.parametrize("has_noisy_half", [True, False])
+@pytest.mark.parametrize(("length", "block_size", "batch", "heads", "kv_heads", "dim"), SHAPES)
+def test_products_equal_the_written_out_softmax(
+    length: int,
+    block_size: int,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    has_noisy_half: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whatever this processor's choice is."""
+    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: PRODUCTS)
+    layout = SequenceLayout(length, block_size, has_noisy_half)
+    inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=torch.bfloat16)
+    assert_equals_written_out(chunked_attention, layout, inputs)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("length", "_block", "batch", "heads", "kv_heads", "dim"), SHAPES[:6])
 def test_causal_backends_equal_the_written_out_softmax(
@@ -315,6 +334,15 @@ def test_chunked_attention_under_a_table(
 ):
     set_chunk_rows(monkeypatch, chunk_rows, joined)
     assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=dtype)
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 48, 128])
+@pytest.mark.parametrize("name", TABLE_LAYOUTS)
+def test_products_under_a_table(name: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Whatever this processor's choice is."""
+    set_chunk_rows(monkeypatch, chunk_rows, 0)
+    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: PRODUCTS)
+    assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", TABLE_LAYOUTS)

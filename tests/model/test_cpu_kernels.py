@@ -1,6 +1,8 @@
 """Attention of a few rows to a few keys, both ways, against the written-out softmax in double precision."""
 
 import math
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from nld_train.model import cpu_kernels
 from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_fast_bf16_products, kernel_for
-from nld_train.platform.cpu import bf16_operands
+from nld_train.platform.cpu import bf16_operands, cpu_flags
 
 SCALE = 0.3
 KERNELS = {"flash": FLASH, "products": PRODUCTS}
@@ -137,6 +139,22 @@ def test_products_are_for_short_sequences_in_bf16_alone(monkeypatch: pytest.Monk
     assert all(kernel_for(dtype, 8) is FLASH for dtype in (torch.float16, torch.float32, torch.float64))
     monkeypatch.setattr(cpu_kernels, "has_fast_bf16_products", lambda: False)
     assert kernel_for(torch.bfloat16, 8) is FLASH
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_fast"),
+    [
+        ("avx512f avx512_bf16 avx512_vnni", False),  # Zen 4
+        ("avx512f avx512_bf16 avx512_vnni avx_vnni", True),  # Zen 5
+        ("avx512f amx_bf16 amx_tile", True),
+        ("avx512f avx_vnni", False),
+        ("", False),
+    ],
+)
+def test_which_processors_multiply_bf16_fast(flags: str, is_fast: bool) -> None:
+    assert cpu_kernels.multiplies_bf16_fast(frozenset(flags.split())) is is_fast
+    if Path("/proc/cpuinfo").exists() and platform.machine() == "x86_64":
+        assert {"fpu", "sse2"} <= cpu_flags()
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.25])
