@@ -29,7 +29,9 @@ PARTS = {
     "workspace": "for a moment: a chunk of logits, or gradients inside a layer",
 }
 _BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
-_HEAD_CHUNK_ROWS = 512  # model.head
+# model.head on CUDA
+_HEAD_CHUNK_ROWS = {Precision.fp32: 512, Precision.bf16: 2048, Precision.fp8: 2048}
+_HEAD_PASS_BYTES = 32 << 20
 _HEAD_PRODUCT_ROWS = 8192
 
 
@@ -106,15 +108,19 @@ def estimate_memory(
     *,
     micro_batch_size: int,
     data_parallel_size: int,
-    head_chunk_rows: int = _HEAD_CHUNK_ROWS,
+    head_chunk_rows: int | None = None,
+    head_pass_bytes: int = _HEAD_PASS_BYTES,
 ) -> list[RankMemory]:
     """Of each pipeline rank.
 
     Args:
         work: the stage's rows.
         data_parallel_size: ranks with other samples, without the context ranks.
-        head_chunk_rows: rows of logits that exist at a time.
+        head_chunk_rows: rows of logits that exist at a time; None: as many as on CUDA.
+        head_pass_bytes: of half-precision logits that are there in fp32, too.
     """
+    if head_chunk_rows is None:
+        head_chunk_rows = _HEAD_CHUNK_ROWS[precision]
     num_micro_batches = max(1, work.global_batch_size // (micro_batch_size * data_parallel_size))
     return [
         _rank_memory(
@@ -127,6 +133,7 @@ def estimate_memory(
             optimizer_shards=data_parallel_size * parallel.context_parallel_size,
             alive=micro_batches_alive(parallel, rank, num_micro_batches),
             head_chunk_rows=head_chunk_rows,
+            head_pass_bytes=head_pass_bytes,
         )
         for rank in range(parallel.pipeline_model_parallel_size)
     ]
@@ -143,6 +150,7 @@ def _rank_memory(
     optimizer_shards: int,
     alive: float,
     head_chunk_rows: int,
+    head_pass_bytes: int,
 ) -> RankMemory:
     size = _BYTES[precision]
     is_first = pipeline_rank == 0
@@ -178,7 +186,8 @@ def _rank_memory(
 
     workspace = of_layer.backward_workspace
     if is_last:
-        workspace = max(workspace, of_layer.head_workspace(min(head_chunk_rows, of_layer.selected)))
+        chunk = min(head_chunk_rows, of_layer.selected)
+        workspace = max(workspace, of_layer.head_workspace(chunk, head_pass_bytes))
     # The embedding's gradient comes last, when the activations are gone.
     if is_first and alive <= 1:
         workspace = max(workspace, of_layer.embedding_gradient - activations.total())
@@ -282,11 +291,14 @@ class _Layer:
         inside = self.ffn // self.tensor
         return self.size * (3 * self.rows * inside + 2 * self.hidden * self.rows + inside * self.hidden)
 
-    def head_workspace(self, chunk_rows: int) -> int:
-        """Logits in fp32 and once more in bf16; some rows of the weight's gradient."""
-        logits = chunk_rows * self.vocab_size // self.tensor * (4 if self.size == 4 else 6)
-        products = min(_HEAD_PRODUCT_ROWS, self.vocab_size // self.tensor) * self.hidden * (0 if self.size == 4 else 4)
-        return logits + products
+    def head_workspace(self, chunk_rows: int, pass_bytes: int) -> int:
+        """Logits; besides those in half precision some rows in fp32, and later some rows of the weight's gradient."""
+        num_local = self.vocab_size // self.tensor
+        logits = chunk_rows * num_local * self.size
+        if self.size == 4:
+            return logits
+        in_fp32 = min(max(pass_bytes, 4 * num_local), 4 * chunk_rows * num_local)
+        return logits + max(in_fp32, 4 * min(_HEAD_PRODUCT_ROWS, num_local) * self.hidden)
 
     @property
     def embedding_gradient(self) -> int:

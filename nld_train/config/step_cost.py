@@ -4,7 +4,8 @@ Operations are the needed ones of forward and backward (3 times the forward's), 
 everything else is bound by memory. Bytes are what kernels move that read each input once and write each output once;
 weights are read once a product and micro-batch, and their gradients are added to Megatron's fp32 buffer by a kernel of
 their own. The head is counted as :mod:`nld_train.model.head` has it: in chunks of rows, each of which reads the weight
-twice and adds to its gradient, with the passes over the logits that are written there.
+twice and adds to its gradient, with the passes over the logits that are written there: all of them through the memory,
+though a pass over a few rows may find in a cache what the one before has left.
 
 Dimensions: L clean tokens of a sequence, N noisy rows, S = N + L rows of the model's input, R rows that enter the loss,
 h hidden size, F width inside the SwiGLU, H query heads, K key-value heads, D head dimension, V vocabulary, n layers,
@@ -13,7 +14,7 @@ e bytes of an element, P parameters.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nld_train.config.memory import num_parameters
 from nld_train.config.schema import ModelConfig, ParallelConfig
@@ -38,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """How a step is computed, as far as its traffic depends on it. The defaults are ours on CUDA.
+    """How a step is computed, as far as its traffic depends on it. The defaults are ours in bf16 on CUDA.
 
     Args:
         element_bytes: e.
@@ -53,7 +54,7 @@ class Kernels:
     """
 
     element_bytes: int = 2
-    head_chunk_rows: int | None = 512
+    head_chunk_rows: int | None = 2048
     head_product_bytes: int | None = 4
     adds_in_products: bool = False
     logit_bytes: int = 36  # 2 read, 4 written; in fp32 maximum, softmax, its largest, scale: 24; 4 read, 2 written
@@ -63,8 +64,15 @@ class Kernels:
 
 
 OURS = Kernels()
-OURS_CPU = Kernels(element_bytes=4, head_product_bytes=None, logit_bytes=24)
-"""In fp32: the product is added in place, and the logits need no second copy."""
+OURS_SPLIT = replace(OURS, logit_bytes=50)
+"""With tensor parallelism: the softmax is computed again when its normaliser is known, 6 to have it in fp32 and 8."""
+
+OURS_FP32 = Kernels(element_bytes=4, head_chunk_rows=512, head_product_bytes=None, logit_bytes=24)
+"""In fp32: the product is added in place, and the logits need no second copy, nor with tensor parallelism a second
+softmax."""
+
+OURS_CPU = replace(OURS, head_chunk_rows=1024, head_product_bytes=2)
+"""In bf16 on the CPU, where products are rounded."""
 
 PUBLIC = Kernels(
     head_chunk_rows=None,
@@ -113,7 +121,10 @@ FORMULAS: Mapping[str, tuple[str, str]] = {
         "6 R h V",
         "c V h (2 e + 4 + 4 + 8) + 3 e R (V + h); public V h (2 e + e + a) + 3 e R (V + h)",
     ),
-    "cross-entropy": ("", f"{OURS.logit_bytes} R V; public {PUBLIC.logit_bytes} R V"),
+    "cross-entropy": (
+        "",
+        f"{OURS.logit_bytes} R V, {OURS_SPLIT.logit_bytes} R V where V is split; public {PUBLIC.logit_bytes} R V",
+    ),
     "optimizer": ("", "(4 + 34 / d) P a step, d / batch of it for a sequence"),
     "gradient reduction": ("", "(4 + e) P (d - 1) / d a step over the network, d / batch of it for a sequence"),
 }

@@ -3,7 +3,8 @@
 The head is the largest matrix of a small model and its logits the largest activation of any model. Two facts make it
 cheap: the loss weights are known before the forward, so rows without weight never reach the head and each chunk's
 gradient can be formed while its logits are at hand; and no more than one chunk of logits ever exists. The weight's
-gradient is added to Megatron's own buffer chunk by chunk.
+gradient is added to Megatron's own buffer chunk by chunk. What is done to logits one by one is done to a few rows at a
+time, which stay in the caches from one operation to the next; half precision has only those rows in fp32.
 
 Dimensions: R rows with weight, H hidden size, V vocabulary (V/tp rows of it on each tensor-parallel rank).
 """
@@ -24,8 +25,27 @@ from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
 
-CHUNK_ROWS = 512  # rows of logits that exist at a time
+_HALF_CHUNK_ROWS = {"cpu": 1024, "cuda": 2048}
+_PASS_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # in the dtype of sums; on the CPU of each thread
 _PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}  # vocabulary rows of a half-precision weight gradient that exist at a time
+
+
+def chunk_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose logits exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its gradient once;
+    in half precision more rows take no more memory than 512 of fp32."""
+    return _HALF_CHUNK_ROWS[device.type] if dtype.itemsize == 2 else 512
+
+
+def pass_rows(num_local: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows that one operation after the other goes over: as many as stay in the caches, on CUDA not so few that
+    launching takes longer than moving them.
+
+    Args:
+        num_local: V/tp.
+        dtype: of the operands; what is counted are their values in the dtype of sums.
+    """
+    rows = max(1, _PASS_BYTES[device.type] // (num_local * sum_dtype(dtype).itemsize))
+    return rows * torch.get_num_threads() if device.type == "cpu" else rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +92,90 @@ def padded_to_shares(rows: Tensor, num_shares: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, per_share * num_shares - len(rows)))
 
 
-def _add_weight_gradient(
-    total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor, *, is_rounded_again: bool
+def _softmax_in_place(logits: Tensor, local_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a rank's logits [rows, V/tp]. ``local_targets``: int64 [rows, 1].
+
+    Returns:
+        three of [rows]: the largest logit; the largest probability, which is one over the sum of exp(logit - largest
+        logit); the target's logit.
+    """
+    maximum = logits.amax(dim=1)
+    target_logits = logits.gather(1, local_targets).squeeze(1)
+    return maximum, torch.softmax(logits, dim=1, out=logits).amax(dim=1), target_logits
+
+
+def _cross_entropy_in_place(
+    chunk: Tensor,
+    local_targets: Tensor,
+    is_local: Tensor,
+    weights: Tensor,
+    losses: Tensor,
+    is_correct: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    needs_grad: bool,
 ) -> None:
+    """Losses of a chunk of rows. Its logits become their gradient, or nothing of use.
+
+    Args:
+        chunk: [rows, V/tp], logits in the dtype of the operands.
+        local_targets: int64 [rows, 1], the target's place among this rank's V/tp; 0 where it is not among them.
+        is_local: bool [rows], the target is.
+        weights: [rows], in the dtype of sums.
+        losses: [rows], in the dtype of sums; written. The cross-entropy, not weighted.
+        is_correct: bool [rows]; written.
+        group: the ranks among which the vocabulary is split; two all-reduces.
+        needs_grad: the gradient is wanted.
+    """
+    num_rows, num_local = chunk.shape
+    step = pass_rows(num_local, chunk.dtype, chunk.device)
+    passes = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+    scratch = None
+    if chunk.dtype != losses.dtype:
+        scratch = chunk.new_empty(min(step, num_rows), num_local, dtype=losses.dtype)
+
+    def in_sum_dtype(rows: slice) -> Tensor:
+        return chunk[rows] if scratch is None else scratch[: rows.stop - rows.start].copy_(chunk[rows])
+
+    # The gradient follows at once, while the probabilities are at hand. With a group it waits for the other ranks,
+    # which hear of a whole chunk at a time: what half precision has no place to keep is computed again.
+    for span in [[rows] for rows in passes] if group is None else [passes]:
+        parts = [_softmax_in_place(in_sum_dtype(rows), local_targets[rows]) for rows in span]
+        local_maximum, largest, target_logits = (
+            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        )
+        of_span = slice(span[0].start, span[-1].stop)
+        maximum = local_maximum
+        if group is not None:
+            maximum = maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        local_sum = (local_maximum - maximum).exp() / largest
+        sums = torch.stack([local_sum, torch.where(is_local[of_span], target_logits - maximum, 0.0)])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        losses[of_span] = sums[0].log() - sums[1]
+        is_correct[of_span] = sums[1] == 0  # the maximum was subtracted
+        if not needs_grad:
+            continue
+        # d loss / d logits = weight * (softmax - onehot). A row whose loss is not finite has a gradient that is not (a
+        # logit of the target that overflows to -inf would not see to it): the norm tells all ranks.
+        of_rows = weights[of_span]
+        scales = torch.where(losses[of_span].isfinite(), of_rows * (local_sum / sums[0]), math.nan).unsqueeze(1)
+        of_targets = torch.where(is_local[of_span], -of_rows, 0.0).unsqueeze(1)
+        for rows, scale, of_target in zip(span, scales.split(step), of_targets.split(step), strict=True):
+            if scratch is None:
+                probabilities = chunk[rows]
+            elif len(span) == 1:
+                probabilities = scratch[: rows.stop - rows.start]
+            else:
+                logits = in_sum_dtype(rows)
+                probabilities = torch.softmax(logits, dim=1, out=logits)
+            probabilities.mul_(scale).scatter_add_(1, local_targets[rows], of_target)
+            if scratch is not None:
+                chunk[rows] = probabilities
+
+
+def _add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_rounded_again: bool) -> None:
     """total [V/tp, H] += grad_logits.T @ hidden.
 
     Half-precision operands are multiplied as they are. On CUDA the product's fp32 sums are added. On the CPU torch
@@ -83,23 +184,25 @@ def _add_weight_gradient(
 
     Args:
         total: fp32 (fp64 for fp64 operands), updated in place.
-        grad_logits: [rows, V/tp], in the dtype of ``total``.
-        rounded: the same in the dtype of ``hidden``.
+        grad_logits: [rows, V/tp], in the dtype of ``hidden``.
         hidden: [rows, H].
         is_rounded_again: ``total`` will be.
     """
     if hidden.dtype == total.dtype:
         total.addmm_(grad_logits.t(), hidden)
-    elif hidden.device.type == "cpu" and is_rounded_again:
-        with bf16_operands() if hidden.dtype is torch.bfloat16 else nullcontext():
-            total.addmm_(grad_logits.t(), hidden.to(total.dtype))
+        return
+    step = _PRODUCT_ROWS[hidden.device.type]
+    parts = [slice(start, start + step) for start in range(0, total.shape[0], step)]
+    if hidden.device.type == "cpu" and is_rounded_again:
+        hidden = hidden.to(total.dtype)
+        with bf16_operands() if grad_logits.dtype is torch.bfloat16 else nullcontext():
+            for part in parts:
+                total[part].addmm_(grad_logits[:, part].t().to(total.dtype), hidden)
     else:
         # torch.mm's out_dtype (torch >= 2.8, CUDA) keeps the fp32 sums; it cannot add to its result.
         kept: dict[str, Any] = {} if hidden.device.type == "cpu" else {"out_dtype": total.dtype}
-        step = _PRODUCT_ROWS[hidden.device.type]
-        for start in range(0, total.shape[0], step):
-            part = slice(start, start + step)
-            total[part].add_(torch.mm(rounded[:, part].t(), hidden, **kept))
+        for part in parts:
+            total[part].add_(torch.mm(grad_logits[:, part].t(), hidden, **kept))
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:
@@ -149,46 +252,29 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_weight = in_main_grad = main_grad(weight, compute_dtype)
             if grad_weight is None:
                 grad_weight = torch.zeros(weight.shape, dtype=compute_dtype, device=weight.device)
-        # For all chunks: the logits, and as products write and read them.
-        computed = hidden.new_empty(min(CHUNK_ROWS, num_rows), num_local, dtype=compute_dtype)
-        rounded = computed if hidden.dtype == compute_dtype else torch.empty_like(computed, dtype=hidden.dtype)
-        for start in range(0, num_rows, CHUNK_ROWS):
-            rows = slice(start, min(start + CHUNK_ROWS, num_rows))
-            logits, product = (x[: rows.stop - start] for x in (computed, rounded))
-            torch.mm(hidden[rows], weight.t(), out=product)
-            if rounded is not computed:
-                logits.copy_(product)
-            local_targets = targets[rows] - first_vocab_id
-            is_local = (local_targets >= 0) & (local_targets < num_local)
-            local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-            maximum = local_maximum = logits.amax(dim=1)
-            if group is not None:
-                maximum = maximum.clone()
-                dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-            target_logits = logits.gather(1, local_targets).squeeze(1) - maximum
-            target_logits = torch.where(is_local, target_logits, 0.0)
-            # Softmax of this rank's logits, in place; the sum it has divided by is one over the largest.
-            probabilities = torch.softmax(logits, dim=1, out=logits)
-            local_sum = (local_maximum - maximum).exp() / probabilities.amax(dim=1)
-            sums = torch.stack([local_sum, target_logits])
-            if group is not None:
-                dist.all_reduce(sums, group=group)
-            row_losses[rows] = sums[0].log() - sums[1]
-            is_correct[rows] = sums[1] == 0  # the maximum was subtracted
+        local_targets = targets - first_vocab_id
+        is_local = (local_targets >= 0) & (local_targets < num_local)
+        local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
+        step = chunk_rows(hidden.dtype, hidden.device)
+        logits = hidden.new_empty(min(step, num_rows), num_local)  # for all chunks; then their gradient
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            chunk = logits[: rows.stop - start]
+            torch.mm(hidden[rows], weight.t(), out=chunk)
+            _cross_entropy_in_place(
+                chunk,
+                local_targets[rows],
+                is_local[rows],
+                weights[rows],
+                row_losses[rows],
+                is_correct[rows],
+                group,
+                needs_grad=needs_grad,
+            )
             if grad_hidden is not None:
-                # d loss / d logits = weight * (softmax - onehot). A row whose loss is not finite has a gradient that
-                # is not (a logit of the target that overflows to -inf would not see to it): the norm tells all ranks.
-                scale = torch.where(row_losses[rows].isfinite(), weights[rows] * (local_sum / sums[0]), math.nan)
-                probabilities.mul_(scale.unsqueeze(1))
-                probabilities.scatter_add_(1, local_targets, torch.where(is_local, -weights[rows], 0.0).unsqueeze(1))
-                if rounded is not computed:
-                    product.copy_(probabilities)
-                torch.mm(product, weight, out=grad_hidden[rows])
+                torch.mm(chunk, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
-                    is_rounded_again = in_main_grad is None
-                    _add_weight_gradient(
-                        grad_weight, probabilities, product, hidden[rows], is_rounded_again=is_rounded_again
-                    )
+                    _add_weight_gradient(grad_weight, chunk, hidden[rows], is_rounded_again=in_main_grad is None)
         if grad_hidden is not None:
             if group is not None and reduces_grad:
                 dist.all_reduce(grad_hidden, group=group)

@@ -6,14 +6,30 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nld_train.config.schema import ModelConfig
-from nld_train.config.step_cost import FORMULAS, OURS, OURS_CPU, PUBLIC, Machine, PartCost, step_cost
+from nld_train.config.step_cost import (
+    FORMULAS,
+    OURS,
+    OURS_CPU,
+    OURS_FP32,
+    OURS_SPLIT,
+    PUBLIC,
+    Kernels,
+    Machine,
+    PartCost,
+    step_cost,
+)
 from nld_train.config.workload import flops_per_token, public_workload
-from nld_train.model.head import CHUNK_ROWS, fused_linear_cross_entropy
+from nld_train.model.head import chunk_rows, fused_linear_cross_entropy
+from nld_train.platform.device import Platform
+from nld_train.platform.topology import Topology
 from nld_train.testing.benchmarks.cost_page import H100, SIZES, Size, levers, public_shares, saved_of_public, size_costs
+from nld_train.testing.ranks import RankPool
 
 
 @pytest.fixture(scope="module")
@@ -111,32 +127,55 @@ def test_bytes_of_a_product_are_those_of_a_linear_layer(dtype: torch.dtype) -> N
     assert expected.flops == 3 * 2 * rows * weight.numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_of_the_head_are_those_of_its_code(dtype: torch.dtype) -> None:
-    """On the CPU; on CUDA the product of the weight's gradient is written in fp32."""
-    rows, hidden, vocabulary = 2 * CHUNK_ROWS, 64, 4096
-    model = ModelConfig(
-        num_layers=1, hidden_size=hidden, ffn_hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=vocabulary,
-    )  # fmt: skip
-    work = replace(public_workload(rows, 8), weighted_rows=float(rows))
-    kernels = replace(OURS, head_product_bytes=2) if dtype is torch.bfloat16 else OURS_CPU
+def head_traffic(rows: int, hidden: int, vocabulary: int, dtype: torch.dtype, group: dist.ProcessGroup | None) -> int:
     inputs = torch.randn(rows, hidden).to(dtype).requires_grad_()
     weight = torch.nn.Parameter(torch.randn(vocabulary, hidden).to(dtype))
     weight.main_grad = torch.zeros(vocabulary, hidden)  # type: ignore[attr-defined]
     targets, weights = torch.randint(vocabulary, (rows,)), torch.ones(rows)
 
     def step() -> None:
-        loss, _, _ = fused_linear_cross_entropy(inputs, weight, targets, weights)
+        loss, _, _ = fused_linear_cross_entropy(inputs, weight, targets, weights, group=group)
         loss.backward()
 
+    return traffic(step)
+
+
+def head_cost(rows: int, hidden: int, vocabulary: int, kernels: Kernels) -> float:
+    model = ModelConfig(
+        num_layers=1, hidden_size=hidden, ffn_hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=vocabulary,
+    )  # fmt: skip
+    work = replace(public_workload(rows, 8), weighted_rows=float(rows))
     parts = step_cost(model, work, kernels)
-    expected = parts["head"].bytes + parts["cross-entropy"].bytes
-    assert traffic(step) == pytest.approx(expected, rel=0.01)
+    return parts["head"].bytes + parts["cross-entropy"].bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_the_head_are_those_of_its_code(dtype: torch.dtype) -> None:
+    """On the CPU; on CUDA the product of the weight's gradient is written in fp32."""
+    shape = 2 * chunk_rows(dtype, torch.device("cpu")), 64, 4096
+    expected = head_cost(*shape, OURS_CPU if dtype is torch.bfloat16 else OURS_FP32)
+    assert head_traffic(*shape, dtype, None) == pytest.approx(expected, rel=0.01)
+
+
+def head_traffic_of_a_group(topology: Topology, platform: Platform, rows: int, dtype: torch.dtype) -> int:
+    """Of one rank, which exchanges with itself what it would with others."""
+    return head_traffic(rows, 64, 4096, dtype, parallel_state.get_tensor_model_parallel_group())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_a_split_head_are_those_of_its_code(one_rank: RankPool, dtype: torch.dtype) -> None:
+    rows = 2 * chunk_rows(dtype, torch.device("cpu"))
+    kernels = replace(OURS_CPU, logit_bytes=OURS_SPLIT.logit_bytes) if dtype is torch.bfloat16 else OURS_FP32
+    found = one_rank.run(head_traffic_of_a_group, rows, dtype)
+    assert found == pytest.approx(head_cost(rows, 64, 4096, kernels), rel=0.01)
 
 
 def test_the_kernels_of_the_model_are_those_of_the_code() -> None:
-    assert OURS.head_chunk_rows == OURS_CPU.head_chunk_rows == CHUNK_ROWS
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert OURS.head_chunk_rows == OURS_SPLIT.head_chunk_rows == chunk_rows(torch.bfloat16, cuda)
+    assert OURS_CPU.head_chunk_rows == chunk_rows(torch.bfloat16, cpu)
+    assert OURS_FP32.head_chunk_rows == chunk_rows(torch.float32, cuda) == chunk_rows(torch.float32, cpu)
 
 
 def test_a_roofline_is_the_slower_of_two_and_then_what_only_moves() -> None:

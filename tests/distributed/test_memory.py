@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+import nld_train.config.memory as memory
+import nld_train.model.head as head
 from nld_train.config.memory import PARTS, estimate_memory
 from nld_train.config.schema import (
     Config,
@@ -18,7 +20,7 @@ from nld_train.config.schema import (
     Stratify,
 )
 from nld_train.config.workload import Workload, workload
-from nld_train.model.head import CHUNK_ROWS
+from nld_train.model.head import chunk_rows, pass_rows
 from nld_train.testing.memory import counted_bytes, live_peak
 from nld_train.testing.ranks import RankPool
 from nld_train.testing.steps import StepCase, tiny_model, tiny_recipe
@@ -162,6 +164,15 @@ def test_two_ranks(two_ranks: RankPool, precision: Precision, layout: str) -> No
     compare(two_ranks, LAYOUTS[layout], precision=precision, fraction=0.5, micro_batch_size=1)
 
 
+def test_the_rows_of_the_model_are_those_of_the_head() -> None:
+    cuda = torch.device("cuda")
+    for precision, dtype in PRECISIONS.items():
+        assert memory._HEAD_CHUNK_ROWS[precision] == chunk_rows(dtype, cuda)
+    assert memory._HEAD_CHUNK_ROWS.keys() == set(Precision)
+    assert head._PASS_BYTES["cuda"] == memory._HEAD_PASS_BYTES
+    assert head._PRODUCT_ROWS["cuda"] == memory._HEAD_PRODUCT_ROWS
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "recompute"),
     [
@@ -180,8 +191,16 @@ def test_the_peak(one_rank: RankPool, stage: str, precision: Precision, recomput
     alpha, fraction = STAGES[stage]
     case, work = step_case(model, precision, alpha=alpha, fraction=fraction, micro_batch_size=2, length=256)
     parallel = ParallelConfig(recompute_granularity=recompute)
+    dtype, device = PRECISIONS[precision], torch.device("cpu")
     (rank,) = estimate_memory(
-        model, parallel, precision, work, micro_batch_size=2, data_parallel_size=1, head_chunk_rows=CHUNK_ROWS
+        model,
+        parallel,
+        precision,
+        work,
+        micro_batch_size=2,
+        data_parallel_size=1,
+        head_chunk_rows=chunk_rows(dtype, device),
+        head_pass_bytes=4 * model.vocab_size * pass_rows(model.vocab_size, dtype, device),
     )
     counted = one_rank.run(live_peak, case, parallel, parallel=parallel)
     assert rank.total == pytest.approx(counted, rel=0.15)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nld_train.model.head import CHUNK_ROWS, fused_linear_cross_entropy
+from nld_train.model.head import chunk_rows, fused_linear_cross_entropy
 from nld_train.model.rope import _Rotate
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def copies(inputs: HeadInputs, dtype: torch.dtype) -> HeadInputs:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_collects_the_gradients_of_full_logits(dtype: torch.dtype, num_parts: int) -> None:
     """Several chunks of rows, the last not full, and several of the vocabulary."""
-    rows = 2 * CHUNK_ROWS + 77
+    rows = 2 * chunk_rows(dtype, torch.device("cuda")) + 77
     inputs = head_inputs(rows, 20011, 256, dtype)
     exact = full_logits(*copies(inputs, torch.float64))
     found = fused(*copies(inputs, dtype), num_parts=num_parts)

@@ -1,11 +1,14 @@
 """The fused head against full logits and torch's cross-entropy."""
 
 import math
+from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_train.model.head as head
 from nld_train.config.schema import ParallelConfig
@@ -14,6 +17,7 @@ from nld_train.objective.noise import NoiseSpec, corrupt
 from nld_train.objective.sequence import build_joint_batch
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
+from nld_train.testing.memory import LiveTensors
 from nld_train.testing.ranks import RankPool
 
 
@@ -24,6 +28,11 @@ def inputs(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[Tens
     targets = torch.randint(0, vocab, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator, dtype=torch.float64) * 5
     return hidden_states, weight, targets, weights
+
+
+def set_rows(monkeypatch: pytest.MonkeyPatch, chunk: int, of_pass: int) -> None:
+    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device: chunk)
+    monkeypatch.setattr(head, "pass_rows", lambda num_local, dtype, device: of_pass)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +49,10 @@ def give_main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer
 
 
+@pytest.mark.parametrize("of_pass", [3, 8])  # rows that do not fill the last pass, and one pass
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 50])
-def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(head, "CHUNK_ROWS", 8)  # several chunks, and rows that do not fill the last
+def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: int, of_pass: int) -> None:
+    set_rows(monkeypatch, 8, of_pass)  # several chunks, and rows that do not fill the last
     arguments = inputs(rows, 37, 12, torch.float64)
     loss, row_losses, _ = fused_linear_cross_entropy(*arguments)
     (2.5 * loss).backward()
@@ -57,8 +67,28 @@ def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: in
         torch.testing.assert_close(gradient, argument.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_a_row_whose_loss_is_not_finite_has_a_gradient_that_is_not() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_do_not_depend_on_the_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Bit for bit: rows have nothing to do with each other, and the matrix products are of a chunk in any case."""
+    found = []
+    for of_pass in (1, 3, 8, 100):
+        set_rows(monkeypatch, 8, of_pass)
+        hidden, weight, targets, weights = inputs(29, 37, 12, dtype)
+        buffer = give_main_grad(weight, torch.float32)
+        loss, row_losses, is_correct = fused_linear_cross_entropy(hidden, weight, targets, weights)
+        loss.backward()
+        found.append([loss.detach(), row_losses, is_correct, hidden.grad, buffer])
+    for others in found[1:]:
+        for ours, theirs in zip(found[0], others, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("of_pass", [3, 100])
+def test_a_row_whose_loss_is_not_finite_has_a_gradient_that_is_not(
+    monkeypatch: pytest.MonkeyPatch, of_pass: int
+) -> None:
     """A target logit of -inf has an infinite loss and would have a finite gradient: nobody would notice by the norm."""
+    set_rows(monkeypatch, 100, of_pass)
     hidden, weight, targets, weights = inputs(4, 11, 5, torch.float32)
     with torch.no_grad():
         hidden[2] = torch.tensor([1.0, 0, 0, 0, 0])
@@ -77,7 +107,7 @@ def test_a_row_whose_loss_is_not_finite_has_a_gradient_that_is_not() -> None:
 def test_main_grad_collects_the_gradients_of_two_micro_batches(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_ROWS", 8)
+    set_rows(monkeypatch, 8, 3)
     hidden, weight, targets, weights = inputs(50, 37, 12, dtype)
     buffer = give_main_grad(weight, dtype)
     parts = [slice(0, 20), slice(20, 50)]
@@ -133,7 +163,7 @@ def test_bf16_error_is_within_that_of_naive_bf16(
     monkeypatch: pytest.MonkeyPatch, has_main_grad: bool, seed: int
 ) -> None:
     """With main_grad the weight's gradient is never rounded to bf16; else it is rounded once, as the naive one's."""
-    monkeypatch.setattr(head, "CHUNK_ROWS", 32)
+    set_rows(monkeypatch, 32, 12)
     exact = inputs(300 + seed, 50, 16, torch.float64)
     naive(*exact)[0].backward()
     errors = {}
@@ -190,6 +220,65 @@ def test_correct_rows_are_those_whose_target_is_the_largest_logit() -> None:
     assert fused_linear_cross_entropy(tied, torch.ones_like(weight), targets[:3], weights[:3])[2].all()
 
 
+class _LargestFp32(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and x.dtype is torch.float32:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_half_precision_has_the_logits_of_one_pass_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_rows(monkeypatch, 64, 8)
+    hidden, weight, targets, weights = inputs(100, 512, 4, torch.bfloat16)
+    give_main_grad(weight, torch.float32)
+    with _LargestFp32() as largest:
+        fused_linear_cross_entropy(hidden, weight, targets, weights)[0].backward()
+    assert largest.elements == 8 * 512
+
+
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values, taken as those of a GPU. Nothing on the host may ask for a value."""
+    chunk, of_pass, cuda = head.chunk_rows, head.pass_rows, torch.device("cuda")
+    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device: chunk(dtype, cuda))
+    monkeypatch.setattr(head, "pass_rows", lambda num_local, dtype, device: of_pass(num_local, dtype, cuda))
+    monkeypatch.setitem(head._PRODUCT_ROWS, "meta", head._PRODUCT_ROWS["cuda"])
+
+
+def of_shape(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.device("meta"):
+        states, weight = (torch.empty(size, hidden, dtype=dtype, requires_grad=True) for size in (rows, vocab))
+        weight.main_grad = torch.empty(weight.shape)  # type: ignore[attr-defined]
+        return states, weight, torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_host_asks_for_no_value(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    on_meta(monkeypatch)
+    loss, row_losses, _ = fused_linear_cross_entropy(*of_shape(5000, 32768, 16, dtype))
+    loss.backward()
+    assert row_losses.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_on_a_gpu_is_a_third_of_that_of_full_logits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """All tensors that are alive at a time, with the weight and its buffer; what libraries take is not seen.
+    tests/gpu/test_kernels.py measures it."""
+    on_meta(monkeypatch)
+
+    def peak(compute: Callable[..., tuple[Tensor, ...]]) -> int:
+        with LiveTensors() as live:
+            arguments = of_shape(2048, 131072, 1024, dtype)
+            live.add(arguments[1].main_grad)  # type: ignore[attr-defined]
+            compute(*arguments)[0].backward()
+        return live.most
+
+    assert peak(fused_linear_cross_entropy) <= 0.35 * peak(naive)
+
+
 def test_selected_rows_are_those_with_weight() -> None:
     tokens = torch.arange(24).reshape(2, 12) + 10
     noise = corrupt(tokens, torch.arange(2), NoiseSpec(mask_token_id=3, eps=0.3, seed=1, block_size=4))
@@ -222,8 +311,14 @@ def test_gathered_rows_are_in_megatrons_order() -> None:
 
 
 def split_head(
-    topology: Topology, platform: Platform, arguments: tuple[Tensor, ...], has_main_grad: bool
+    topology: Topology,
+    platform: Platform,
+    arguments: tuple[Tensor, ...],
+    has_main_grad: bool,
+    chunk: int = 100,
+    of_pass: int = 100,
 ) -> list[Tensor]:
+    """Loss, losses, who is right, gradients of hidden and of the whole weight, number of all-reduces."""
     from megatron.core import parallel_state
 
     hidden, weight, targets, weights = arguments
@@ -232,23 +327,71 @@ def split_head(
     hidden = hidden.detach().clone().requires_grad_()
     group = parallel_state.get_tensor_model_parallel_group()
     if has_main_grad:
-        give_main_grad(part, part.dtype).zero_()
-    loss, row_losses, is_correct = fused_linear_cross_entropy(
-        hidden, part, targets, weights, first_vocab_id=rank * part.shape[0], group=group if size > 1 else None
-    )
+        give_main_grad(part, torch.promote_types(part.dtype, torch.float32)).zero_()
+    all_reduce = torch.distributed.all_reduce
+    with (
+        pytest.MonkeyPatch.context() as changes,
+        patch.object(torch.distributed, "all_reduce", wraps=all_reduce) as calls,
+    ):
+        set_rows(changes, chunk, of_pass)
+        loss, row_losses, is_correct = fused_linear_cross_entropy(
+            hidden, part, targets, weights, first_vocab_id=rank * part.shape[0], group=group if size > 1 else None
+        )
     loss.backward()
     gradient = part.main_grad if has_main_grad else part.grad  # type: ignore[attr-defined]
-    parts = [torch.empty_like(part) for _ in range(size)]
+    parts = [torch.empty_like(gradient) for _ in range(size)]
     torch.distributed.all_gather(parts, gradient, group=group)
-    return [loss.detach(), row_losses, is_correct, hidden.grad, torch.cat(parts)]
+    return [loss.detach(), row_losses, is_correct, hidden.grad, torch.cat(parts), torch.tensor(calls.call_count)]
+
+
+TENSOR_PARALLEL = ParallelConfig(tensor_model_parallel_size=2)
 
 
 @pytest.mark.parametrize("has_main_grad", [True, False])
-def test_two_tensor_parallel_ranks_equal_one(one_rank: RankPool, two_ranks: RankPool, has_main_grad: bool) -> None:
+@pytest.mark.parametrize(("chunk", "of_pass"), [(100, 100), (8, 3), (8, 8)])
+def test_two_tensor_parallel_ranks_equal_one(
+    one_rank: RankPool, two_ranks: RankPool, has_main_grad: bool, chunk: int, of_pass: int
+) -> None:
     arguments = tuple(argument.detach() for argument in inputs(30, 6, 12, torch.float64))
-    expected = one_rank.run(split_head, arguments, False)
-    tensor_parallel = ParallelConfig(tensor_model_parallel_size=2)
-    found = two_ranks.run(split_head, arguments, has_main_grad, parallel=tensor_parallel)
+    *expected, none = one_rank.run(split_head, arguments, False)
+    *found, num_calls = two_ranks.run(
+        split_head, arguments, has_main_grad, chunk, of_pass, parallel=TENSOR_PARALLEL
+    )  # fmt: skip
     assert 0 < expected[2].sum() < 30
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert none == 0
+    assert num_calls == 2 * math.ceil(30 / chunk) + 1  # two of each chunk, however it is gone over
+
+
+@pytest.mark.parametrize("of_pass", [3, 8])
+def test_two_tensor_parallel_ranks_equal_one_in_bf16(one_rank: RankPool, two_ranks: RankPool, of_pass: int) -> None:
+    """Logits are the same; gradients of them are rounded alike, unless the sum's order decides where to."""
+    arguments = tuple(argument.detach() for argument in inputs(30, 6, 12, torch.bfloat16))
+    *expected, _ = one_rank.run(split_head, arguments, True, 8, 8)
+    *found, _ = two_ranks.run(split_head, arguments, True, 8, of_pass, parallel=TENSOR_PARALLEL)
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[2], expected[2])
+    of_hidden, of_weight = (
+        ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+        for ours, theirs in zip(found[3:], expected[3:], strict=True)
+    )
+    assert of_hidden < 4e-3  # a rank's part of it is rounded, too
+    assert of_weight < 1e-4
+
+
+def test_a_row_whose_loss_is_not_finite_tells_both_ranks(two_ranks: RankPool) -> None:
+    hidden, weight, targets, weights = (x.detach() for x in inputs(30, 6, 12, torch.bfloat16))
+    weight[:, 0] = 0
+    weight[4, 0] = -3e38  # of the second rank; overflows in one row
+    hidden[:, 0] = 0
+    hidden[11, 0] = 100
+    targets[11] = 4
+    _, row_losses, _, of_hidden, of_weight, _ = two_ranks.run(
+        split_head, (hidden, weight, targets, weights), True, 16, 3, parallel=TENSOR_PARALLEL
+    )
+    assert row_losses[11] == math.inf
+    assert row_losses.isinf().sum() == of_hidden.isnan().any(dim=1).sum() == 1
+    assert of_hidden[11].isnan().any()
+    assert of_weight.isnan().all(dim=1).all()

@@ -11,7 +11,7 @@ from nld_train.config.compose import compose_unlaunched
 from nld_train.config.memory import num_parameters
 from nld_train.config.plan import ring_bandwidth
 from nld_train.config.schema import Config, ParallelConfig
-from nld_train.config.step_cost import FORMULAS, OURS, PUBLIC, Kernels, Machine, PartCost, step_cost
+from nld_train.config.step_cost import FORMULAS, OURS, OURS_SPLIT, PUBLIC, Kernels, Machine, PartCost, step_cost
 from nld_train.config.workload import Workload, public_workload, workload
 from nld_train.errors import DataError
 from nld_train.testing.benchmarks.comparison import Row
@@ -65,6 +65,7 @@ class Size:
     """A model size under the published recipe.
 
     Args:
+        kernels: ours.
         steps: AR, joint as the recipe has it, joint by default, and the public recipe's joint step, by name.
         cost: of a workload computed by other kernels.
     """
@@ -73,6 +74,7 @@ class Size:
     config: Config
     data_parallel_size: int
     machines: Sequence[Machine]
+    kernels: Kernels
     steps: Mapping[str, Step]
     cost: Callable[[Workload, Kernels], Costs]
 
@@ -87,6 +89,7 @@ def size_costs(name: str) -> Size:
     default = compose_unlaunched([f"experiment=nld_{name}", *_DEFAULT_OBJECTIVE])
     tensor = config.parallel.tensor_model_parallel_size
     shards = NUM_GPUS // tensor
+    ours = OURS if tensor == 1 else OURS_SPLIT
 
     def cost(work: Workload, kernels: Kernels) -> Costs:
         return step_cost(
@@ -100,17 +103,23 @@ def size_costs(name: str) -> Size:
 
     joint = workload(config, "joint")
     works: dict[str, tuple[Workload, Kernels]] = {
-        "AR": (workload(config, "ar"), OURS),
-        "joint, recipe": (joint, OURS),
-        "joint, default": (workload(default, "joint"), OURS),
+        "AR": (workload(config, "ar"), ours),
+        "joint, recipe": (joint, ours),
+        "joint, default": (workload(default, "joint"), ours),
         "public recipe": (public_workload(joint.length, joint.block_size), PUBLIC),
     }
     steps = {key: Step(name=key, work=work, parts=cost(work, kernels)) for key, (work, kernels) in works.items()}
     bandwidth = ring_bandwidth(config, tensor, shards)
     machines = [replace(machine, network_bytes_per_s=bandwidth) for machine in MACHINES]
     return Size(
-        name=name, config=config, data_parallel_size=shards, machines=machines, steps=steps, cost=cost
-    )  # fmt: skip
+        name=name,
+        config=config,
+        data_parallel_size=shards,
+        machines=machines,
+        kernels=ours,
+        steps=steps,
+        cost=cost,
+    )
 
 
 def public_shares(size: Size) -> dict[str, float]:
@@ -138,7 +147,7 @@ def saved_of_public(size: Size, machine: Machine) -> dict[str, float]:
 
 def levers(size: Size, machine: Machine) -> dict[str, float]:
     """What could still be saved of the default joint step, each alone, as shares of its modelled time."""
-    step = size.steps["joint, default"]
+    step, ours = size.steps["joint, default"], size.kernels
     total = step.seconds(machine)
 
     def saved(kernels: Kernels) -> float:
@@ -147,14 +156,14 @@ def levers(size: Size, machine: Machine) -> dict[str, float]:
 
     faster = replace(machine, flops_per_s=2 * machine.flops_per_s)
     fp8 = sum(step.parts[name].seconds(machine) - step.parts[name].seconds(faster) for name in _LAYER_PRODUCTS)
-    fused = 3 * OURS.element_bytes  # a logit is read for the sum and again for its gradient, which is written
+    fused = 3 * ours.element_bytes  # a logit is read for the sum and again for its gradient, which is written
     return {
         "layers' products in FP8, at twice the peak": fp8 / total,
-        "layers' gradients added to their sums by the products": saved(replace(OURS, adds_in_products=True)),
-        "cross-entropy in one kernel": saved(replace(OURS, logit_bytes=fused)),
-        "head in chunks of 2048 rows": saved(replace(OURS, head_chunk_rows=2048)),
-        "head's gradient added to its sum by the product": saved(replace(OURS, head_product_bytes=None)),
-        "all three of the head": saved(replace(OURS, logit_bytes=fused, head_chunk_rows=2048, head_product_bytes=None)),
+        "layers' gradients added to their sums by the products": saved(replace(ours, adds_in_products=True)),
+        "cross-entropy in one kernel": saved(replace(ours, logit_bytes=fused)),
+        "head in one chunk": saved(replace(ours, head_chunk_rows=None)),
+        "head's gradient added to its sum by the product": saved(replace(ours, head_product_bytes=None)),
+        "all three of the head": saved(replace(ours, logit_bytes=fused, head_chunk_rows=None, head_product_bytes=None)),
     }
 
 

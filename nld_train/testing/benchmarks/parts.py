@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nld_train.config.schema import AttentionBackend, Device, ModelConfig, OptimConfig, ParallelConfig
-from nld_train.config.step_cost import OURS, OURS_CPU, Kernels
+from nld_train.config.step_cost import OURS, OURS_CPU, OURS_FP32, Kernels
 from nld_train.config.workload import Workload, public_workload
 from nld_train.model.attention import joint_attention, resolve_backend
 from nld_train.model.build import build_model
@@ -59,10 +59,7 @@ def parts_cases(device: torch.device) -> list[PartsCase]:
         length, batch = size[6:]
         work = replace(public_workload(length, STEP_RECIPE.block_size), weighted_rows=1.5 * length)
         for dtype in (torch.float32, torch.bfloat16):
-            if device.type == "cpu":
-                kernels = replace(OURS, head_product_bytes=2) if dtype is torch.bfloat16 else OURS_CPU
-            else:
-                kernels = replace(OURS, element_bytes=dtype.itemsize)
+            in_bf16 = OURS_CPU if device.type == "cpu" else OURS
             cases.append(
                 PartsCase(
                     title=f"parts of a joint training step, {step_title(size, dtype, device)}",
@@ -70,7 +67,7 @@ def parts_cases(device: torch.device) -> list[PartsCase]:
                     dtype=dtype,
                     model=step_model(size),
                     work=work,
-                    kernels=kernels,
+                    kernels=in_bf16 if dtype is torch.bfloat16 else OURS_FP32,
                     num_sequences=batch,
                 )
             )
