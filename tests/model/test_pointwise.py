@@ -15,6 +15,7 @@ from nld_train.testing.fixtures import needs_compiler
 
 EPS = 1e-5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+COMPILED_IN = [torch.float32, *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.float64))]
 
 
 def norm_written_out(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -70,9 +71,7 @@ def test_values_and_gradients(
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.parametrize("dtype", COMPILED_IN, ids=str)
 @pytest.mark.parametrize(
     ("function", "eager"), [(compiled_norm, norm), (compiled_swiglu, swiglu)], ids=["norm", "swiglu"]
 )

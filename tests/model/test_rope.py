@@ -198,11 +198,11 @@ def test_apply_takes_strided_slices_of_a_fused_projection():
         assert torch.equal(a, b)
 
 
-ROTATED_IN = [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)]
+COMPILED_IN = [torch.float32, *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.float64))]
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ROTATED_IN, ids=str)
+@pytest.mark.parametrize("dtype", COMPILED_IN, ids=str)
 def test_compiled_for_the_cpu(dtype: torch.dtype):
     """Of every layout, number of sequences and heads; the last two are slices of a fused projection. One graph, and one
     more where a row has a single head. Products are rounded once, and in float32 as before."""
