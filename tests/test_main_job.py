@@ -1,6 +1,7 @@
 """The main job through its own command: both stages, kill and resume, layouts, export."""
 
 import fcntl
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from nld_train.checkpoint.convert import exported_step
 from nld_train.checkpoint.manager import complete_checkpoints
 from nld_train.errors import EXIT_RESTART
+from nld_train.testing.fixtures import needs_compiler
 from nld_train.testing.jobs import (
     BATCH,
     LENGTH,
@@ -114,6 +116,30 @@ def test_kill_and_resume_is_bit_exact(undisturbed: Path, cache: Path, tmp_path: 
     assert result.returncode == 0, result.stdout + result.stderr
     assert records(run_dir) == records(undisturbed)
     same_export(run_dir, undisturbed)
+
+
+@needs_compiler
+@pytest.mark.long
+def test_a_compiled_run_is_bit_exact_too(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
+    """Stopped and gone on with; from the folder of a run that is not compiled it would go on as well."""
+    compiled = "model.compile_pointwise=always"
+    whole, run_dir = tmp_path / "whole", tmp_path / "stopped"
+    result = train(whole, cache, compiled)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    log = (whole / "train.log").read_text()
+    assert re.search(r"norm and SwiGLU +compiled", log), log
+    assert re.search(r"norm and SwiGLU +eager", (undisturbed / "train.log").read_text())
+    with Job(run_dir, cache, compiled, output=tmp_path / "output") as job:
+        job.wait_for_step(3)
+        job.processes[0].send_signal(signal.SIGUSR1)
+        assert job.statuses(timeout=60) == [EXIT_RESTART], job.output.read_text()
+    result = train(run_dir, cache, compiled)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert records(run_dir) == records(whole)
+    same_export(run_dir, whole)
+    losses, eager = ([record["loss"] for record in records(of) if "loss" in record] for of in (whole, undisturbed))
+    assert losses == pytest.approx(eager, rel=1e-4)
 
 
 def test_a_stopped_run_goes_on_also_from_the_checkpoint_before(undisturbed: Path, cache: Path, tmp_path: Path) -> None:

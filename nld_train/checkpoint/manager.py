@@ -164,10 +164,10 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 
 
 def info_to_dict(info: CheckpointInfo) -> dict[str, Any]:
-    """Plain JSON types; attention backend and layer spec are choices of the run, not of the weights: left out."""
+    """Plain JSON types; whose kernels compute is a choice of the run, not of the weights: left out."""
     raw = asdict(info)
-    raw["model"].pop("attention_backend")
-    raw["model"].pop("layer_spec")
+    for key in ("attention_backend", "compile_pointwise", "layer_spec"):
+        raw["model"].pop(key)
     return raw
 
 

@@ -101,7 +101,7 @@ def verify_checkpoint(
 
 
 def _check_same_shape(ours: ModelConfig, theirs: ModelConfig, checkpoint: Path, folder: Path) -> None:
-    free = ("attention_backend", "layer_spec", "initializer_range")
+    free = ("attention_backend", "compile_pointwise", "layer_spec", "initializer_range")
     keys = [field.name for field in fields(ModelConfig) if field.name not in free]
     different = [
         f"{key} is {getattr(ours, key)} and {getattr(theirs, key)}"

@@ -1,12 +1,17 @@
 """What the rules of :mod:`nld_train.config.validate` and :mod:`nld_train.config.layouts` are written with."""
 
 import math
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
-from nld_train.config.schema import Config, StageConfig
+from nld_train.config.schema import CompilePointwise, Config, StageConfig
 from nld_train.errors import Problem
 
 
@@ -71,3 +76,25 @@ def nearest(value: float, candidates: Iterable[int]) -> int:
 def multiple_of(value: int, unit: int) -> int:
     """The positive multiple of ``unit`` nearest to ``value``."""
     return max(1, (2 * value + unit) // (2 * unit)) * unit
+
+
+def missing_for_compilation() -> tuple[str, str] | None:
+    """What torch's compiler lacks on this machine to make code for the CPU, and the remedy; None: nothing.
+
+    It runs $CXX, or else g++ (clang++ on macOS), and the code includes Python.h.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}", "install one, or name it in the environment variable CXX"
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        return f"{headers} holds no Python.h", "install this interpreter's headers (python3-dev)"
+    return None
+
+
+def compilation_problems(config: Config) -> Iterable[Problem]:
+    """Of ``model.compile_pointwise`` on a CPU."""
+    key = "model.compile_pointwise"
+    if config.model.compile_pointwise is CompilePointwise.always and (missing := missing_for_compilation()):
+        what, remedy = missing
+        yield Problem(key, f"always, but {what}", f"{remedy}, or use {key}=auto")

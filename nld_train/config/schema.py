@@ -60,6 +60,18 @@ class LayerSpec(Enum):
     transformer_engine = "transformer_engine"
 
 
+class CompilePointwise(Enum):
+    """Where norm, SwiGLU and rotary embedding are compiled by torch, each into one pass over memory.
+
+    ``auto``: on CUDA, not on the CPU, where a first step would wait for a C++ compiler. ``always``: on the CPU, too.
+    ``never``: nowhere. Values differ in the last bits. (On CUDA the rotary embedding is one kernel in any case.)
+    """
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Sampler(Enum):
     """How tokens of the noisy copy are chosen (:mod:`nld_train.objective.noise`).
 
@@ -167,6 +179,7 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU, chunked on the CPU
+    compile_pointwise: CompilePointwise = CompilePointwise.auto  # norm, SwiGLU, rotary; always: on the CPU, too
     layer_spec: LayerSpec = LayerSpec.local  # transformer_engine: its kernels, on a GPU; not yet measured there
 
 

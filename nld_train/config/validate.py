@@ -14,7 +14,16 @@ from enum import Enum
 from pathlib import Path
 
 from nld_train.config.layouts import batch_problems, launch_problems, parallel_problems
-from nld_train.config.rules import above_zero, at_least, divisors, finite, multiple_of, nearest, schema_default
+from nld_train.config.rules import (
+    above_zero,
+    at_least,
+    compilation_problems,
+    divisors,
+    finite,
+    multiple_of,
+    nearest,
+    schema_default,
+)
 from nld_train.config.schema import (
     AttentionBackend,
     BlendPart,
@@ -46,7 +55,7 @@ def validate(config: Config, world_size: int | None) -> list[Problem]:
     Args:
         config: every mandatory value set.
         world_size: number of launched ranks; None leaves out what depends on the launch and on this machine's files
-            (ranks, folders), so that a large run's configuration can be looked at anywhere.
+            (ranks, compiler, folders), so that a large run's configuration can be looked at anywhere.
 
     Returns:
         Every problem, in the order of the sections; empty if there is none.
@@ -67,6 +76,8 @@ def validate(config: Config, world_size: int | None) -> list[Problem]:
     if world_size is not None:
         # A layout that the run will choose is checked when it is known.
         problems += [*([] if config.parallel.auto else launch_problems(config, world_size)), *_paths(config)]
+        if config.train.device is Device.cpu:  # auto: decided where torch is known
+            problems += compilation_problems(config)
     elif not config.parallel.auto:
         problems += batch_problems(config, data_parallel_size=1)
     return problems

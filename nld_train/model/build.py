@@ -25,6 +25,7 @@ from nld_train.config.schema import (
 from nld_train.model.embedding import TokenEmbedding
 from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
 from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules, decoder_layer_spec, decoder_spec
+from nld_train.model.pointwise import DecoderConfig, compiles_pointwise
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import SequenceLayout
 
@@ -58,7 +59,8 @@ def transformer_config(
     *,
     is_fp8: bool = False,
     gradient_accumulation_fusion: bool = False,
-) -> TransformerConfig:
+    compile_pointwise: bool = False,
+) -> DecoderConfig:
     """Megatron's configuration of a Ministral3-shaped decoder.
 
     Args:
@@ -66,6 +68,7 @@ def transformer_config(
             optimizer does not take it).
         is_fp8: the layers' matrix products read FP8 (with Transformer Engine's layers).
         gradient_accumulation_fusion: see :func:`fuses_gradients`; every parameter must then have a ``main_grad``.
+        compile_pointwise: see :func:`~nld_train.model.pointwise.compiles_pointwise`.
     """
     fp8: dict[str, Any] = {}
     if is_fp8:
@@ -79,7 +82,7 @@ def transformer_config(
     elif parallel.recompute_granularity is Recompute.full:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    return TransformerConfig(
+    return DecoderConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -121,6 +124,7 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        compile_pointwise=compile_pointwise,
     )
 
 
@@ -131,19 +135,23 @@ class NLDModel(GPTModel):
     own position embedding is off.
 
     Of the rows with weight only, the last layer computes what follows its attention, then the final norm and the head.
+
+    Args:
+        modules: what local layers are made of; None: this project's.
     """
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DecoderConfig,
         model: ModelConfig,
         backend: AttentionBackend,
         *,
         vp_stage: int | None,
+        modules: LocalModules | None = None,
     ) -> None:
         pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        modules, causal = LocalModules(), None
+        modules, causal = modules or LocalModules(), None
         if model.layer_spec is LayerSpec.transformer_engine:
             from nld_train.model import transformer_engine
 
@@ -151,7 +159,7 @@ class NLDModel(GPTModel):
         attention = ModuleSpec(
             module=DecoderAttention,
             params={
-                "rotary": RotaryEmbedding(model.rope, model.head_dim),
+                "rotary": RotaryEmbedding(model.rope, model.head_dim, is_compiled=config.compile_pointwise),
                 "backend": backend,
                 "causal": causal,
             },
@@ -289,6 +297,7 @@ def build_chunks(
         dtype,
         is_fp8=is_fp8,
         gradient_accumulation_fusion=fuses_gradients(model, dtype, device),
+        compile_pointwise=compiles_pointwise(model.compile_pointwise, device),
     )
     num_chunks = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if num_chunks is None else range(num_chunks)

@@ -118,10 +118,17 @@ class DecoderLayer(TransformerLayer):
 
 
 class LocalModules(LocalSpecProvider):
-    """Megatron's own linear layers and our norm; nothing of them is fused, so that each parameter has its name."""
+    """Megatron's own linear layers, our norm and our MLP, each alone, so that every parameter has a name of its own."""
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
         return RMSNorm
+
+    def mlp(self) -> Any:
+        """Megatron's own entry, whose form differs between releases, with our module."""
+        entry: Any = get_mlp_module_spec_for_backend(self)
+        if isinstance(entry, ModuleSpec):
+            return ModuleSpec(module=GatedMLP, submodules=entry.submodules)
+        return partial(GatedMLP.as_mlp_submodule, **entry.keywords)
 
 
 def decoder_layer_spec(core_attention: ModuleSpec, modules: LocalModules) -> ModuleSpec:
@@ -129,7 +136,7 @@ def decoder_layer_spec(core_attention: ModuleSpec, modules: LocalModules) -> Mod
 
     Args:
         core_attention: the module between the qkv and the output projection, a :class:`DecoderAttention`.
-        modules: whose linear layers and norms.
+        modules: whose linear layers, norms and MLP.
     """
     return ModuleSpec(
         module=DecoderLayer,
@@ -149,18 +156,10 @@ def decoder_layer_spec(core_attention: ModuleSpec, modules: LocalModules) -> Mod
             ),
             self_attn_bda=Residual,
             pre_mlp_layernorm=modules.layer_norm(),
-            mlp=_gated_mlp_spec(modules),
+            mlp=modules.mlp(),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-
-
-def _gated_mlp_spec(modules: LocalModules) -> Any:
-    """Megatron's own entry, whose form differs between releases, with our module."""
-    entry: Any = get_mlp_module_spec_for_backend(modules)
-    if isinstance(entry, ModuleSpec):
-        return ModuleSpec(module=GatedMLP, submodules=entry.submodules)
-    return partial(GatedMLP.as_mlp_submodule, **entry.keywords)
 
 
 def decoder_spec(layer_spec: ModuleSpec, num_layers_here: int, modules: LocalModules) -> TransformerBlockSubmodules:

@@ -1,13 +1,14 @@
 """What stands between a layer's matrix products, in few passes over memory: RMSNorm and SwiGLU.
 
-Each keeps its input alone for the backward pass, and computes the rest again there. On CUDA the passes of one direction
-are compiled into one kernel.
+Each keeps its input alone for the backward pass, and computes the rest again there. Where the model's configuration
+says so (:func:`compiles_pointwise`) the passes of one direction are compiled into one.
 
 Dimensions: ``*`` rows, H hidden size, F half of what the first matrix of an MLP gives.
 """
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,15 +18,43 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nld_train.config.schema import CompilePointwise
+from nld_train.platform.compilation import run_compiled
 
-def _on_device(passes: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    return _compiled(passes) if x.is_cuda else passes
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """Megatron's configuration, and what of this project its layers are built with."""
+
+    compile_pointwise: bool = False
+    """Norm, SwiGLU and rotary embedding compiled (on a GPU the last is a kernel of its own in any case)."""
+
+
+def compiles_pointwise(choice: CompilePointwise, device: torch.device) -> bool:
+    """What ``model.compile_pointwise`` means on this device."""
+    return choice is CompilePointwise.always or (choice is CompilePointwise.auto and device.type == "cuda")
+
+
+def _form(passes: Callable[..., Any], x: Tensor, is_compiled: bool) -> Callable[..., Any]:
+    """Of passes over rows, as they run on the device of ``x``."""
+    if not is_compiled:
+        return passes
+    return _compiled_for_cuda(passes) if x.is_cuda else partial(_compiled_for_cpu, passes, x.shape[:-1])
 
 
 @cache
-def _compiled(passes: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_for_cuda(passes: Callable[..., Any]) -> Callable[..., Any]:
     # The number of rows differs from one micro-batch to the next; it must not compile again.
     return torch.compile(passes, dynamic=True, fullgraph=True)
+
+
+def _compiled_for_cpu(passes: Callable[..., Any], leading: torch.Size, *arguments: Any) -> Any:
+    """Every tensor but the weight is [*, any], with ``leading`` for *; compiled once for [rows, any]."""
+    given = [x.flatten(0, -2) if isinstance(x, Tensor) and x.dim() > 1 else x for x in arguments]
+    found = run_compiled(passes, *given)
+    if isinstance(found, Tensor):
+        return found.unflatten(0, leading)
+    return tuple(x.unflatten(0, leading) if x.dim() > 1 else x for x in found)
 
 
 def _normalize(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,15 +77,16 @@ def _normalize_backward(grad_out: Tensor, hidden: Tensor, weight: Tensor, scale:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, scale = _on_device(_normalize, hidden)(hidden, weight, eps)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, is_compiled: bool) -> Tensor:
+        ctx.is_compiled = is_compiled
+        out, scale = _form(_normalize, hidden, is_compiled)(hidden, weight, eps)
         ctx.save_for_backward(hidden, weight, scale)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return *_on_device(_normalize_backward, grad_out)(grad_out, *ctx.saved_tensors), None
+        return *_form(_normalize_backward, grad_out, ctx.is_compiled)(grad_out, *ctx.saved_tensors), None, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -66,9 +96,10 @@ class RMSNorm(torch.nn.Module):
     over tensor-parallel ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: DecoderConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.is_compiled = config.compile_pointwise
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
@@ -76,7 +107,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[*, H] -> [*, H]"""
-        return _RMSNorm.apply(hidden, self.weight, self.eps)
+        return _RMSNorm.apply(hidden, self.weight, self.eps, self.is_compiled)
 
 
 def _gate(x: Tensor) -> Tensor:
@@ -104,20 +135,22 @@ def _gate_backward_as_one(grad_out: Tensor, x: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, is_compiled: bool) -> Tensor:
+        ctx.is_compiled = is_compiled
         ctx.save_for_backward(x)
-        return _on_device(_gate, x)(x)
+        return _form(_gate, x, is_compiled)(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _compiled(_gate_backward_as_one)(grad_out, x) if x.is_cuda else _gate_backward(grad_out, x)
+        backward = _gate_backward_as_one if ctx.is_compiled else _gate_backward
+        return _form(backward, grad_out, ctx.is_compiled)(grad_out, x), None
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, *, is_compiled: bool = False) -> Tensor:
     """silu(gate) * up, of x [*, 2F] = [gate | up]: [*, F]."""
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x, is_compiled)
 
 
 class GatedMLP(MLP):
@@ -129,5 +162,5 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[S, B, H] -> [S, B, H], and no bias; what else Megatron passes is for experts."""
         inside, _ = self.linear_fc1(hidden_states)
-        out, bias = self.linear_fc2(swiglu(inside))
+        out, bias = self.linear_fc2(swiglu(inside, is_compiled=self.config.compile_pointwise))
         return out, bias

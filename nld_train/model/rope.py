@@ -9,6 +9,7 @@ D head dimension.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nld_train.config.schema import RopeConfig
 from nld_train.objective.sequence import RowTable, SequenceLayout
+from nld_train.platform.compilation import run_compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,14 @@ class RotaryTables:
     query_scale: Tensor | None
 
 
+class _RowAngles(NamedTuple):
+    """What the compiled rotation reads, one row for each of its rows: [rows, D / 2] each."""
+
+    cos: Tensor
+    sin: Tensor
+    minus_sin: Tensor
+
+
 class RotaryEmbedding:
     """Rotates queries and keys, then scales queries by 1 + beta * log(1 + floor(position / original maximum)).
 
@@ -39,17 +49,20 @@ class RotaryEmbedding:
     Args:
         config: ``rope_parameters`` of the checkpoint.
         head_dim: D, even.
+        is_compiled: on the CPU, by torch's compiler.
     """
 
-    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+    def __init__(self, config: RopeConfig, head_dim: int, *, is_compiled: bool = False) -> None:
         if head_dim <= 0 or head_dim % 2:
             raise ValueError(f"model.head_dim {head_dim}: rotary embedding needs a positive even head dimension")
         self.config = config
         self.head_dim = head_dim
+        self.is_compiled = is_compiled
         self.inverse_frequencies = _yarn_inverse_frequencies(config, head_dim)
         self.attention_factor = _attention_factor(config)
         self._tables: dict[tuple[int, torch.device, torch.dtype], RotaryTables] = {}
         self._row_tables = WeakIdKeyDictionary()  # position_ids -> dtype -> tables; a micro-batch's go with it
+        self._row_angles = WeakIdKeyDictionary()  # cos of tables -> halves -> angles; with the tables
 
     def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
         """Tables for ``length`` positions; built on first use, then shared (do not write to them)."""
@@ -86,6 +99,18 @@ class RotaryEmbedding:
         is_one = self.config.llama_4_scaling_beta == 0 or length <= self.config.original_max_position_embeddings
         return RotaryTables(cos.to(dtype), sin.to(dtype), None if is_one else query_scale.to(dtype))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _angles(self, tables: RotaryTables, num_halves: int) -> _RowAngles:
+        """Of all rows that a layout with these tables has, shared by all layers."""
+        by_halves = self._row_angles.setdefault(tables.cos, {})
+        if num_halves not in by_halves:
+            cos, sin = (
+                x[..., : self.head_dim // 2].flatten(0, -2).repeat(num_halves, 1) for x in (tables.cos, tables.sin)
+            )
+            by_halves[num_halves] = _RowAngles(cos, sin, -sin)
+        return by_halves[num_halves]
+
     def apply(self, query: Tensor, key: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """Rotated and scaled query, rotated key, both contiguous in Megatron's order.
 
@@ -99,12 +124,16 @@ class RotaryEmbedding:
                 f"query {list(query.shape)} does not fit S = {layout.num_rows} rows and head dimension {self.head_dim}"
             )
         if layout.table is None:
-            tables = self.tables(layout.clean_length, query.device, query.dtype)
+            tables, num_halves = self.tables(layout.clean_length, query.device, query.dtype), layout.num_halves
             cos, sin = tables.cos[:, None], tables.sin[:, None]
         else:
-            tables = self.row_tables(layout.table, layout.clean_length, query.dtype)
+            tables, num_halves = self.row_tables(layout.table, layout.clean_length, query.dtype), 1
             cos, sin = tables.cos, tables.sin
-        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+        if self.is_compiled and not query.is_cuda:
+            angles = self._angles(tables, num_halves)
+            query, key = (_RotateCompiled.apply(x, *angles) for x in (query, key))
+        else:
+            query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
         return self.scale(query, layout), key
 
     def scale(self, query: Tensor, layout: SequenceLayout) -> Tensor:
@@ -136,9 +165,39 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad, cos, sin, backward=True), None, None
 
 
+class _RotateCompiled(torch.autograd.Function):
+    """The same in one pass over memory, by torch's compiler for the CPU.
+
+    With tables for positions [S, B * heads, D] is turned, with a row table's [S * B, heads, D]: one graph for both, for
+    queries and keys, and for both directions.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor, minus_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, minus_sin)
+        return _rotate_rows(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rotate_rows(grad, *ctx.saved_tensors), None, None, None  # type: ignore[attr-defined]
+
+
+def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Contiguous [S, B, heads, D] of the same; cos and sin [S, D / 2] or [S * B, D / 2]."""
+    return run_compiled(_rotate_as_one, x.reshape(len(cos), -1, x.shape[-1]), cos, sin).view(x.shape)
+
+
+def _rotate_as_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[rows, any, D] by [rows, D / 2], without writing into parts, which a compiler does not follow."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
-    """:func:`_rotate`, on a GPU as one kernel. (Not by torch.compile: rows, heads, strides and tables of stages,
-    validation and micro-batches are more shapes than it keeps graphs for.)"""
+    """:func:`_rotate`, on a GPU as one kernel. (Not by torch.compile, which would want contiguous rows, or a graph for
+    every kind of strides.)"""
     if not x.is_cuda or x.dtype is torch.float64:
         return _rotate(x, cos, -sin if backward else sin)
     from nld_train.model import rope_kernel

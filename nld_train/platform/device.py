@@ -9,6 +9,7 @@ from importlib import metadata
 
 import torch
 
+from nld_train.config.rules import compilation_problems
 from nld_train.config.schema import Config, Device, LayerSpec, Precision
 from nld_train.errors import ConfigError, Problem
 from nld_train.platform import cpu
@@ -117,6 +118,16 @@ def check_layer_spec(config: Config, platform: Platform) -> None:
         problem = Problem("train.precision", f"fp8, but {name} has no FP8 products", "use train.precision=bf16")
     if problem is not None:
         raise ConfigError([problem])
+
+
+def check_compiler(config: Config, platform: Platform) -> None:
+    """What ``model.compile_pointwise`` needs on a CPU is here.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not platform.is_cuda and (problems := list(compilation_problems(config))):
+        raise ConfigError(problems)
 
 
 _COMPILED_GRAPHS = 64

@@ -1,5 +1,5 @@
 """pytest fixtures, each shared by the whole session: a cache of corpora, and pools of gloo ranks, whose processes start
-when first used."""
+when first used. And what tests are skipped without."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from nld_train.config.rules import missing_for_compilation
 from nld_train.testing.ranks import RankPool, RankProcesses
+
+_MISSING = missing_for_compilation()
+needs_compiler = pytest.mark.skipif(_MISSING is not None, reason=f"nothing compiles: {_MISSING[0] if _MISSING else ''}")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from nld_train.config.schema import AttentionBackend, ModelConfig, ParallelConfi
 from nld_train.model.attention import joint_attention
 from nld_train.model.build import NLDModel, initialize_weights, transformer_config
 from nld_train.model.head import WeightedRows, fused_linear_cross_entropy, gather_rows
-from nld_train.model.layer_spec import DecoderAttention, DecoderRows
+from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules
+from nld_train.model.pointwise import compiles_pointwise
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import cached_by_layout, dense_block_mask
 from nld_train.objective.sequence import SequenceLayout
@@ -65,18 +68,32 @@ class _RepeatedAttention(DecoderAttention):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
+class _StockModules(LocalModules):
+    """Megatron's own norm (torch's) and MLP (halves, silu, product, each written out)."""
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
+        return LocalSpecProvider.layer_norm(self, rms_norm=True)
+
+    def mlp(self) -> Any:
+        return get_mlp_module_spec_for_backend(self)
+
+
 class PublicRecipeModel(NLDModel):
     """The step of NVIDIA's public Megatron recipe, re-stated: one attention over [noisy | clean] with repeated keys and
     values, all rows through the whole last layer and the head, all logits as [B, S, V], their cross-entropy in fp32,
     and only then the choice of the rows that count.
 
-    Its embedding and rotary embedding are Megatron's own; its layers (norm and SwiGLU among them), noise and engine are
-    ours, so that a ratio shows these differences alone.
+    Its embedding and rotary embedding are Megatron's own, on the CPU its norm and its MLP, too. On CUDA these two are
+    ours, compiled, since there the public recipe has fused ones. The rest of its layers, noise and engine are ours
+    everywhere, and its parameters have the same names, so that a ratio shows these differences alone.
     """
 
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        config = transformer_config(model, ParallelConfig(), dtype)
-        super().__init__(config, model, AttentionBackend.dense, vp_stage=None)
+        config = transformer_config(
+            model, ParallelConfig(), dtype, compile_pointwise=compiles_pointwise(model.compile_pointwise, device)
+        )
+        modules = _StockModules() if device.type == "cpu" else LocalModules()
+        super().__init__(config, model, AttentionBackend.dense, vp_stage=None, modules=modules)
         stock = LanguageModelEmbedding(
             config, model.vocab_size, model.max_position_embeddings, position_embedding_type="none"
         )
@@ -92,7 +109,7 @@ class PublicRecipeModel(NLDModel):
                 rotary=core.rotary,
                 backend=AttentionBackend.dense,
             )
-        self.to(device)
+        self.to(device, dtype)  # torch's norm is in fp32 until then, as Megatron's engine has it
         initialize_weights(self, seed=seed, std=model.initializer_range)
 
     def forward(self, tokens: Tensor, layout: SequenceLayout, selected: WeightedRows | None = None) -> Any:

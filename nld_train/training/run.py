@@ -18,8 +18,9 @@ from nld_train.config.validate import notices
 from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_chunks, fuses_gradients
+from nld_train.model.pointwise import compiles_pointwise
 from nld_train.platform.cpu import keep_freed_memory
-from nld_train.platform.device import Platform, check_layer_spec, initialize_device, library_version
+from nld_train.platform.device import Platform, check_compiler, check_layer_spec, initialize_device, library_version
 from nld_train.platform.topology import (
     COLLECTIVE_TIMEOUT,
     Topology,
@@ -56,6 +57,7 @@ def run(config: Config) -> int:
     """
     platform = initialize_device(config.train.device)
     check_layer_spec(config, platform)
+    check_compiler(config, platform)
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
     # The watchdog comes first.
@@ -280,6 +282,7 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     )
     if fuses_gradients(shape, DTYPES[precision], device):
         gradients = "the matrix product adds to the fp32 sum (Apex)"
+    form = "compiled" if compiles_pointwise(shape.compile_pointwise, device) else "eager"
     installed = [
         f"{name} {library_version(package)}"
         for name, package, is_there in (
@@ -293,7 +296,8 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
         "precision": precision.value,
         "layers": f"{shape.layer_spec.value}{', products in FP8' if precision is Precision.fp8 else ''}",
         "attention": attention,
-        "rotary embedding": "one kernel (Triton)" if platform.is_cuda else "eager",
+        "norm and SwiGLU": f"Transformer Engine's, and {form}" if by_transformer_engine else form,
+        "rotary embedding": "one kernel (Triton)" if platform.is_cuda else form,
         "weight gradients": gradients,
         "optimizer": choose_adam(),
         "installed": ", ".join(

@@ -42,7 +42,12 @@ _FIXED_IN_A_STAGE = (
 # Of a stage that is over: what its steps and the samples they took are counted by.
 _FIXED_AFTER_A_STAGE = ("tokens", "blend", "chat", "sequence_length", "global_batch_size")
 # The stages hold the weights of the losses.
-_FREE_ON_RESUME = ("model.attention_backend", "model.layer_spec", "objective.diffusion_loss_weight")
+_FREE_ON_RESUME = (
+    "model.attention_backend",
+    "model.compile_pointwise",
+    "model.layer_spec",
+    "objective.diffusion_loss_weight",
+)
 
 
 _LOCK_SECONDS = 5.0  # a killed run may take a moment to be gone

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from nld_train.config.compose import compose
 from nld_train.config.rules import nearest
 from nld_train.config.schema import (
     AttentionBackend,
+    CompilePointwise,
     Config,
     Device,
     DocumentMask,
@@ -388,6 +391,21 @@ def test_transformer_engine_is_for_bf16_on_gpus(tiny: Config):
     assert validate(engine, 1) == []  # train.device=auto: decided where torch is known
     for values in ({"train__device": Device.cpu}, {"train__precision": Precision.fp32}):
         assert "use model.layer_spec=local" in at(validate(changed(engine, **values), 1), "model.layer_spec").remedy
+
+
+def test_compilation_on_a_cpu_needs_a_compiler(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    always = changed(tiny, model__compile_pointwise=CompilePointwise.always, train__device=Device.cpu)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    problem = at(validate(always, 1), "model.compile_pointwise")
+    assert problem.message == "always, but there is no C++ compiler '/nowhere/c++'"
+    assert "CXX" in problem.remedy
+    assert "model.compile_pointwise=auto" in problem.remedy
+    assert validate(always, None) == []  # on another machine
+    assert validate(changed(always, train__device=Device.auto), 1) == []  # decided where torch is known
+    assert validate(changed(always, model__compile_pointwise=CompilePointwise.auto), 1) == []
+    monkeypatch.setenv("CXX", sys.executable)  # some program
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere/include"})
+    assert "/nowhere/include holds no Python.h" in at(validate(always, 1), "model.compile_pointwise").message
 
 
 def test_fp8_needs_the_layers_that_can(tiny: Config):

@@ -1,17 +1,21 @@
 """RMSNorm and SwiGLU against their written-out forms, in values and gradients, and what they keep."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nld_train.config.schema import CompilePointwise
 from nld_train.model import pointwise
-from nld_train.model.pointwise import swiglu
+from nld_train.model.pointwise import compiles_pointwise, swiglu
+from nld_train.testing.fixtures import needs_compiler
 
 EPS = 1e-5
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+COMPILED_IN = [torch.float32, *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.float64))]
 
 
 def norm_written_out(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -27,12 +31,19 @@ def swiglu_written_out(x: Tensor) -> Tensor:
 
 
 def norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    return pointwise._RMSNorm.apply(hidden, weight, EPS)
+    return pointwise._RMSNorm.apply(hidden, weight, EPS, False)
+
+
+def compiled_norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return pointwise._RMSNorm.apply(hidden, weight, EPS, True)
+
+
+compiled_swiglu = partial(swiglu, is_compiled=True)
 
 
 def inputs_of(function: Callable[..., Tensor], dtype: torch.dtype, rows: Sequence[int] = (5, 3)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(len(rows))
-    shapes = [(*rows, 24), (24,)] if function is norm else [(*rows, 48)]
+    shapes = [(*rows, 24), (24,)] if function in (norm, compiled_norm) else [(*rows, 48)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) * 2 for shape in shapes]
     return [x.to(dtype).requires_grad_() for x in drawn]
 
@@ -57,6 +68,48 @@ def test_values_and_gradients(
             assert a.dtype is dtype
             error, allowed = (a.double() - c).norm(), (b.double() - c).norm()
             assert error <= 1.1 * allowed + 1e-14 * c.norm(), (dtype, a.shape)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", COMPILED_IN, ids=str)
+@pytest.mark.parametrize(
+    ("function", "eager"), [(compiled_norm, norm), (compiled_swiglu, swiglu)], ids=["norm", "swiglu"]
+)
+def test_compiled_for_the_cpu(
+    function: Callable[..., Tensor], eager: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    """As accurate as the other form, for any rows; those of the last layer are [R, 1], a gradient may be expanded."""
+    rounding = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # sums in another order
+    for rows in ((5, 3), (4, 1), (1, 1), (0, 1), (7,), (40, 2)):
+        inputs = inputs_of(function, dtype, rows)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        found, other, expected = run(function, inputs), run(eager, inputs), run(eager, exact)
+        for a, b, c in zip(found, other, expected, strict=True):
+            assert a.dtype is dtype
+            assert a.shape == b.shape
+            error, allowed = (a.double() - c).norm(), (b.double() - c).norm()
+            assert error <= 1.1 * allowed + rounding * c.norm(), rows
+    inputs = inputs_of(function, dtype)
+    sums = [torch.autograd.grad(form(*inputs).sum(), inputs) for form in (function, eager)]
+    for a, b in zip(*sums, strict=True):
+        assert (a - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
+
+
+@needs_compiler
+def test_compiled_keeps_the_input_alone() -> None:
+    for function in (compiled_norm, compiled_swiglu):
+        test_only_the_input_is_kept(function, torch.float32)
+    inputs = inputs_of(compiled_norm, torch.float32)
+    before = [x.detach().clone() for x in inputs]
+    run(compiled_norm, inputs)
+    for a, b in zip(inputs, before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_where_they_are_compiled() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [compiles_pointwise(choice, cpu) for choice in CompilePointwise] == [False, True, False]
+    assert [compiles_pointwise(choice, cuda) for choice in CompilePointwise] == [True, True, False]
 
 
 @pytest.mark.parametrize("function", [norm, swiglu])
@@ -84,7 +137,9 @@ def test_only_the_input_is_kept(function: Callable[..., Tensor], dtype: torch.dt
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
         function(*inputs)
     given = {x.data_ptr() for x in inputs}
-    assert [x.shape for x in kept if x.data_ptr() not in given] == ([(5, 3, 1)] if function is norm else [])
+    assert [x.shape for x in kept if x.data_ptr() not in given] == (
+        [(5, 3, 1)] if function in (norm, compiled_norm) else []
+    )
 
 
 def test_compiled_forms_are_the_same() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import Ministral3Config
 from transformers.models.ministral3.modeling_ministral3 import (
     Ministral3RotaryEmbedding,
@@ -21,6 +22,8 @@ from transformers.models.ministral3.modeling_ministral3 import (
 from nld_train.config.schema import RopeConfig
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import RowTable, SequenceLayout
+from nld_train.platform import compilation
+from nld_train.testing.fixtures import needs_compiler
 
 CPU = torch.device("cpu")
 
@@ -175,10 +178,12 @@ def test_tables_of_rows_are_gathered_once_and_freed_with_their_positions():
     assert rotary.row_tables(layout.table, 8, torch.float32) is tables
     assert rotary.row_tables(layout.table, 8, torch.bfloat16) is not tables
     assert tables.query_scale is None
-    held = [weakref.ref(x) for x in (tables.cos, layout.table.position_ids)]
-    del tables, layout
+    angles = rotary._angles(tables, 1)
+    assert rotary._angles(tables, 1) is angles
+    held = [weakref.ref(x) for x in (tables.cos, layout.table.position_ids, angles.sin)]
+    del tables, layout, angles
     gc.collect()
-    assert [x() for x in held] == [None] * 2
+    assert [x() for x in held] == [None] * 3
 
 
 def test_apply_takes_strided_slices_of_a_fused_projection():
@@ -191,6 +196,44 @@ def test_apply_takes_strided_slices_of_a_fused_projection():
         rotary.apply(query, key, layout), rotary.apply(query.contiguous(), key.contiguous(), layout), strict=True
     ):
         assert torch.equal(a, b)
+
+
+COMPILED_IN = [torch.float32, *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.float64))]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", COMPILED_IN, ids=str)
+def test_compiled_for_the_cpu(dtype: torch.dtype):
+    """Of every layout, number of sequences and heads; the last two are slices of a fused projection. One graph, and one
+    more where a row has a single head. Products are rounded once, and in float32 as before."""
+    config = RopeConfig(original_max_position_embeddings=8)
+    eager, compiled = RotaryEmbedding(config, 16), RotaryEmbedding(config, 16, is_compiled=True)
+    generator = torch.Generator().manual_seed(0)
+    torch._dynamo.reset()
+    compilation._compiled.cache_clear()
+    counters.clear()
+    for length, num_sequences, heads, has_table in (
+        (24, 3, (4, 2), False),
+        (24, 3, (4, 2), True),
+        (16, 1, (4, 2), False),
+        (16, 1, (4, 2), True),
+        (8, 2, (2, 1), True),
+        (1, 1, (2, 2), False),
+    ):
+        positions = torch.randint(length, (num_sequences, 2 * length - 1), generator=generator)
+        layout = layout_at(positions, length) if has_table else SequenceLayout(length, 1, length > 1)
+        fused = torch.randn(layout.num_rows, num_sequences, sum(heads) * 16, generator=generator).to(dtype)
+        query, key = (x.unflatten(-1, (-1, 16)).requires_grad_() for x in fused.split([16 * n for n in heads], dim=-1))
+        grads = [torch.randn(x.permute(1, 2, 0, 3).shape, generator=generator).to(dtype) for x in (query, key)]
+        grads = [x.permute(2, 0, 1, 3) for x in grads]
+        found, expected = (
+            [*rotated, *torch.autograd.grad(rotated, (query, key), grads)]
+            for rotated in (form.apply(query, key, layout) for form in (compiled, eager))
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() <= (2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0) * b.norm()
+        assert all(x.is_contiguous() for x in found[:2])
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_tables_are_shared_and_usable_for_training_after_inference_mode():

@@ -67,6 +67,21 @@ def test_what_is_measured_against_takes_the_same_step(one_rank: RankPool) -> Non
                 assert error < 1e-12, f"{peer}, {name}: {error:.1e}"
 
 
+def whose_parts(topology: Topology, platform: Platform) -> list[tuple[str, str]]:
+    """Norms and MLPs of the public recipe's model: module and class."""
+    public = PublicRecipeModel(tiny_model(), dtype=torch.bfloat16, device=platform.device, seed=1)
+    assert {parameter.dtype for parameter in public.parameters()} == {torch.bfloat16}
+    parts = [
+        part for layer in public.decoder.layers for part in (layer.input_layernorm, layer.pre_mlp_layernorm, layer.mlp)
+    ]
+    return [(type(part).__module__, type(part).__name__) for part in (*parts, public.decoder.final_layernorm)]
+
+
+def test_on_the_cpu_the_public_recipe_has_the_public_norm_and_mlp(one_rank: RankPool) -> None:
+    norm, mlp = ("torch.nn.modules.normalization", "RMSNorm"), ("megatron.core.transformer.mlp", "MLP")
+    assert one_rank.run(whose_parts) == [norm, norm, mlp] * 2 + [norm]
+
+
 def compared_engine_steps(topology: Topology, platform: Platform, spoils: bool) -> str:
     """What the step suite compares: the message of the refusal, empty if there is none.
 

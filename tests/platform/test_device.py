@@ -1,13 +1,23 @@
 """What is known of GPUs by their names, and what a configuration may ask for that is not there."""
 
+import sys
+import sysconfig
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
-from nld_train.config.schema import Config, Device, LayerSpec, Precision
+from nld_train.config.schema import CompilePointwise, Config, Device, LayerSpec, Precision
 from nld_train.errors import ConfigError
-from nld_train.platform.device import Platform, check_layer_spec, initialize_device, missing_libraries, peak_tflops
+from nld_train.platform.device import (
+    Platform,
+    check_compiler,
+    check_layer_spec,
+    initialize_device,
+    missing_libraries,
+    peak_tflops,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,22 @@ def test_transformer_engine_that_is_not_there(
     config.model.layer_spec = LayerSpec.transformer_engine
     with pytest.raises(ConfigError, match=found) if found is not None else nullcontext():
         check_layer_spec(config, here)
+
+
+def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where train.device=auto has become the CPU; on a GPU it is torch's own business."""
+    config = Config()
+    config.model.compile_pointwise = CompilePointwise.always
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    check_compiler(config, platform("cuda", has_transformer_engine=False))
+    with pytest.raises(ConfigError, match=r"model.compile_pointwise: always, but .*/nowhere/c\+\+.*\n.*CXX.*=auto"):
+        check_compiler(config, platform("cpu", has_transformer_engine=False))
+    monkeypatch.setenv("CXX", sys.executable)  # some program
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
+    check_compiler(config, platform("cpu", has_transformer_engine=False))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    check_compiler(Config(), platform("cpu", has_transformer_engine=False))
 
 
 def test_on_a_gpu_functions_may_have_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

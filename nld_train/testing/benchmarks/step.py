@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
+from nld_train.config.rules import missing_for_compilation
 from nld_train.config.schema import (
+    CompilePointwise,
     Device,
     ModelConfig,
     ObjectiveConfig,
@@ -101,6 +103,15 @@ def step_title(size: StepSize, dtype: torch.dtype, device: torch.device) -> str:
 
 
 STEP_RECIPE = ObjectiveConfig(sampler=Sampler.bernoulli, stratify=Stratify.none, noisy_fraction=1.0)
+
+
+OURS, EAGER = "ours", "ours, not compiled"
+
+
+def compiled_where_possible(shape: ModelConfig, device: torch.device) -> ModelConfig:
+    """With norm, SwiGLU and rotary embedding compiled, on the CPU if there is a C++ compiler."""
+    can_compile = device.type == "cuda" or missing_for_compilation() is None
+    return replace(shape, compile_pointwise=CompilePointwise.always if can_compile else CompilePointwise.never)
 
 
 class EngineStep:
@@ -202,6 +213,9 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
     - the AR part of a supervised step whose sequences are 90% prompt;
     - an AR training step of transformers' Ministral3 with the same weights.
 
+    On the CPU norm, SwiGLU and rotary embedding of ours are compiled (`model.compile_pointwise=always`) where a C++
+    compiler is there; "ours, not compiled" is the default. The public recipe has Megatron's own there.
+
     The noise is the draw whose masked share is nearest to the mean of 64 draws."""
     platform_ = initialize_device(Device(device.type))
     with topology_of(ParallelConfig(), platform_, seed=0):
@@ -220,9 +234,13 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
             }
             supervised = {"AR": loader_batch(text, None, answers), "joint": loader_batch(text, STEP_RECIPE, answers)}
             for dtype in (torch.float32, torch.bfloat16):
-                shape, title = step_model(size), step_title(size, dtype, device)
+                shape, title = compiled_where_possible(step_model(size), device), step_title(size, dtype, device)
                 model = build_model(shape, ParallelConfig(), dtype=dtype, device=device, seed=0)
                 step = EngineStep(model, device)
+                others: dict[str, EngineStep] = {}
+                if device.type == "cpu" and shape.compile_pointwise is CompilePointwise.always:
+                    eager = build_model(step_model(size), ParallelConfig(), dtype=dtype, device=device, seed=0)
+                    others[EAGER] = EngineStep(eager, device)
                 public = EngineStep(PublicRecipeModel(shape, dtype=dtype, device=device, seed=0), device)
                 # The others compute different things: nothing of theirs is compared.
                 works: dict[str, Work] = {
@@ -234,10 +252,11 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
                     title=f"joint step, {title}, against the public recipe's",
                     variants={
                         "public recipe": partial(public, batches["recipe"]),
-                        "ours": partial(step, batches["recipe"]),
+                        OURS: partial(step, batches["recipe"]),
+                        **{name: partial(other, batches["recipe"]) for name, other in others.items()},
                     },
                     tolerance=3e-2 if is_bf16 else 1e-4,
-                    required={} if required is None else {"ours": required},
+                    required={} if required is None else {OURS: required},
                 )
                 yield Comparison(
                     title=f"joint step, {title}",
@@ -262,9 +281,16 @@ def step_suite(device: torch.device) -> Iterator[Comparison]:
                 theirs = transformers_step(shape, model, dtype, text.to(device))
                 yield Comparison(
                     title=f"AR step, {title}, against transformers' Ministral3",
-                    variants={"transformers": theirs, "ours": works["AR"]},
+                    variants={
+                        "transformers": theirs,
+                        OURS: works["AR"],
+                        **{
+                            name: partial(without_results, partial(other, batches["AR"]))
+                            for name, other in others.items()
+                        },
+                    },
                     tolerance=0.0,
-                    required={"ours": 1.0},
+                    required={OURS: 1.0},
                 )
 
 
