@@ -158,6 +158,12 @@ def bf16_operands() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def direct_calls() -> contextlib.AbstractContextManager[Any]:
+    """Where torch's functions are called directly, not by way of :func:`enter`'s redirections, if those are in force:
+    for code that builds no tensor on a device by name. Some thousand calls of a step are a hundredth of a small one."""
+    return contextlib.nullcontext() if _active is None else torch._C.DisableTorchFunction()
+
+
 def unredirected(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function inside which torch's functions are called directly, not by way of :func:`enter`'s redirections: a
     third of the time of a call that does little, which long loops of them feel."""

@@ -27,6 +27,7 @@ from nld_train.objective.losses import LossTerms, loss_terms
 from nld_train.objective.noise import NoiseSpec
 from nld_train.objective.normalize import num_tokens, row_weights
 from nld_train.objective.sequence import JointBatch, Shard, build_joint_batch, shard_batch
+from nld_train.platform.cpu import direct_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +181,8 @@ def forward_step(
     timers = get_model_config(model).timers
     if timers is not None:
         timers("forward-compute").start()  # again: the time until the data was there is no computation
-    output = model(batch.tokens, batch.layout, selected)
+    with direct_calls():
+        output = model(batch.tokens, batch.layout, selected)
     return output, partial(_loss_function, batch, selected, stream_positions, normalization)
 
 
