@@ -31,6 +31,7 @@ class CleanPrefix:
     def read(self, tokens: Tensor) -> Tensor:
         """Read int64 [n] left to right; fp32 log-probabilities [n, V] of what follows each of them."""
         self.num_forwards += 1
+        # Not `cache`: code in a folder may be older than that name, and would leave the cache empty without a word.
         logits = self._model(tokens[None], past_key_values=self._cache, use_cache=True).logits[0]
         self.num_tokens += len(tokens)
         return self._log_probabilities(logits)

@@ -1,13 +1,27 @@
 """The exported folder as transformers sees it: names, fields, masks, dtypes."""
 
+import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Ministral3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    Ministral3ForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as transformers_logging
 
 from nld_train.checkpoint.hf_repo.configuration_nemotron_labs_diffusion import NemotronLabsDiffusionConfig
+from nld_train.evaluation.reader import CleanPrefix
+
+CACHE_NAMES = {"cache", "past_key_values"}  # transformers' own is the first from 5.24 on
 
 
 def reference_of(model):
@@ -104,6 +118,66 @@ def test_causal_logits_and_loss_equal_transformers(make_model):
     assert torch.equal(model(tokens, logits_to_keep=3).logits, expected.logits[:, -3:])
     with pytest.raises(ValueError, match="logits_to_keep: 3"):
         model(tokens, labels=tokens, logits_to_keep=3)
+
+
+@pytest.fixture
+def silent_library(caplog):
+    """Fails the test for whatever transformers warns of in its log."""
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    transformers_logging.warning_once.cache_clear()  # what was said in an earlier test is said again
+    yield
+    library.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.get_records("call")] == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("silent_library")
+@pytest.mark.parametrize("name", sorted(CACHE_NAMES))
+def test_the_cache_is_taken_under_either_name_and_returned_under_the_librarys(make_model, name):
+    model = make_model()
+    (own_name,) = CACHE_NAMES & {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    tokens = torch.randint(6, 64, (2, 12))
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :7], **{name: cache})
+    outputs = model(tokens[:, 7:], **{name: cache})
+    assert cache.get_seq_length() == 12
+    torch.testing.assert_close(outputs.logits, model(tokens).logits[:, 7:])
+    assert set(outputs) == {"logits", own_name}
+    assert outputs[own_name] is cache
+    assert set(model(tokens, use_cache=False)) == {"logits"}
+    with pytest.raises(ValueError, match="cache, past_key_values"):
+        model(tokens, cache=cache, past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("silent_library")
+def test_neither_decoding_nor_reading_uses_a_deprecated_name(make_model):
+    model = make_model()
+    tokens = torch.randint(6, 64, (1, 9))
+    for method in ("ar_generate", "generate", "linear_spec_generate", "quadratic_spec_generate"):
+        getattr(model, method)(tokens, max_new_tokens=6)
+    prefix = CleanPrefix(model)
+    prefix.read(tokens[0])
+    masks, places = torch.full((2,), 5), torch.tensor([9, 10])
+    prefix.denoise(masks, places, torch.zeros_like(masks), torch.full((2,), 9))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("silent_library")
+def test_transformers_own_generate_works_with_the_cache(make_model):
+    model = make_model(eos_token_id=None)
+    arguments = {
+        "input_ids": torch.randint(6, 64, (1, 9)),
+        "attention_mask": torch.ones(1, 9, dtype=torch.int64),
+        "max_new_tokens": 8,
+        "do_sample": False,
+    }
+    read = []
+    model.encoder.embed_tokens.register_forward_pre_hook(lambda module, rows: read.append(rows[0].shape[1]))
+    output_ids = GenerationMixin.generate(model, **arguments)
+    assert read == [9] + [1] * 7
+    assert torch.equal(output_ids, reference_of(model).generate(**arguments))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

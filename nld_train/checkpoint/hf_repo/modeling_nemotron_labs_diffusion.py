@@ -34,6 +34,9 @@ OnUpdate = Callable[[Tensor, int], None]
 """Called whenever tokens were settled, with the new tokens so far, int64 [B, n], the mask token where a position is
 still open, and the number of forwards so far."""
 
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""transformers' own name of the cache among arguments and outputs: ``cache`` from 5.24 on."""
+
 
 class NemotronLabsDiffusionModel(PreTrainedModel, GenerationMixin):
     """A Ministral3 decoder stack (``encoder``) and its output head (``diffusion_head``), causal by default.
@@ -60,7 +63,7 @@ class NemotronLabsDiffusionModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Ministral3DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -100,11 +103,12 @@ class NemotronLabsDiffusionModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One evaluation of the network. The mask token's logit is left as the head gives it.
@@ -115,26 +119,32 @@ class NemotronLabsDiffusionModel(PreTrainedModel, GenerationMixin):
                 [B or 1, 1, Q, K]: exactly this mask, bool (True where a query may look) or additive float;
                 for a noisy block or the doubled training sequence.
             position_ids: int64 [B, Q], absolute (query scaling depends on them); default: after the cached rows.
-            past_key_values: the cache; the rows of this call are appended to it.
+            cache: keys and values of earlier rows; the rows of this call are appended to it.
             inputs_embeds: float [B, Q, hidden_size], instead of ``input_ids``.
             labels: int64 [B, Q]: the tokens themselves; ``loss`` is then the mean next-token cross-entropy (-100 is
                 left out). This is the AR loss, not the joint training objective.
             use_cache: return the cache; default: the configuration's ``use_cache``.
             logits_to_keep: number of last rows whose logits are computed; 0: all.
+            past_key_values: another name of ``cache``, which not every caller knows; give one of them.
             **kwargs: handed to the decoder stack (``output_hidden_states`` ...).
 
         Returns:
-            ``logits`` [B, Q or logits_to_keep, V] in the head's dtype, ``loss``, ``past_key_values`` and so on.
+            ``logits`` [B, Q or logits_to_keep, V] in the head's dtype, ``loss`` and so on; the cache under the name
+            that the installed transformers gives it, ``cache`` or (before 5.24) ``past_key_values``.
         """
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("cache, past_key_values: both were given; they are one argument, give one name")
+            cache = past_key_values
         if attention_mask is not None and attention_mask.dim() == 4:
             attention_mask = self._kernel_mask(attention_mask)
         outputs = self.encoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{_CACHE: cache},
             **kwargs,
         )
         logits = self.diffusion_head(outputs.last_hidden_state[:, -logits_to_keep:])
@@ -145,12 +155,13 @@ class NemotronLabsDiffusionModel(PreTrainedModel, GenerationMixin):
             loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
             )
+        returned_cache: dict[str, Any] = {_CACHE: getattr(outputs, _CACHE)}
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **returned_cache,
         )
 
     def ar_generate(
@@ -675,8 +686,8 @@ class _Session:
             input_ids=tokens,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=self._cache,
             use_cache=True,
+            **{_CACHE: self._cache},
         ).last_hidden_state
         logits = self.model.diffusion_head(hidden[:, hidden.shape[1] - num_logits :]).float()
         logits[..., self.model.config.mask_token_id] = -torch.inf  # the mask token is never an answer
