@@ -6,7 +6,7 @@
 * :meth:`~NemotronLabsDiffusionModel.quadratic_spec_generate`: each forward verifies one draft and makes the next.
 
 Each returns the ids with the prompt and the number of forward evaluations (calls of ``model.encoder``). This file needs
-torch and transformers >= 5, nothing else.
+torch and transformers >= 5.4, nothing else: before, transformers scales queries by their row, not by ``position_ids``.
 
 Dimensions: B sequences, P prompt tokens, N new tokens, Q rows of one forward, K cached rows and Q, V vocabulary.
 """
