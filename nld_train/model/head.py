@@ -26,14 +26,24 @@ from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
 
 _HALF_CHUNK_ROWS = {"cpu": 1024, "cuda": 2048}
+_CHUNK_BYTES = 128 << 20
 _PASS_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # in the dtype of sums; on the CPU of each thread
 _PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}  # vocabulary rows of a half-precision weight gradient that exist at a time
 
 
-def chunk_rows(dtype: torch.dtype, device: torch.device) -> int:
+def chunk_rows(dtype: torch.dtype, device: torch.device, num_local: int = 1) -> int:
     """Rows whose logits exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its gradient once;
-    in half precision more rows take no more memory than 512 of fp32."""
-    return _HALF_CHUNK_ROWS[device.type] if dtype.itemsize == 2 else 512
+    in half precision more rows take no more memory than 512 of fp32.
+
+    Args:
+        num_local: V/tp. On the CPU fp32 has fewer rows of more than 65536 logits, which would be a tenth of all that a
+            step of a small model holds.
+    """
+    if dtype.itemsize == 2:
+        return _HALF_CHUNK_ROWS[device.type]
+    if device.type == "cpu":
+        return max(1, min(512, _CHUNK_BYTES // (num_local * dtype.itemsize)))
+    return 512
 
 
 def pass_rows(num_local: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -255,7 +265,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         local_targets = targets - first_vocab_id
         is_local = (local_targets >= 0) & (local_targets < num_local)
         local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-        step = chunk_rows(hidden.dtype, hidden.device)
+        step = chunk_rows(hidden.dtype, hidden.device, num_local)
         logits = hidden.new_empty(min(step, num_rows), num_local)  # for all chunks; then their gradient
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))

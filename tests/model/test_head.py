@@ -31,7 +31,7 @@ def inputs(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def set_rows(monkeypatch: pytest.MonkeyPatch, chunk: int, of_pass: int) -> None:
-    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device: chunk)
+    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device, num_local=1: chunk)
     monkeypatch.setattr(head, "pass_rows", lambda num_local, dtype, device: of_pass)
 
 
@@ -243,7 +243,7 @@ def test_half_precision_has_the_logits_of_one_pass_in_fp32(monkeypatch: pytest.M
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values, taken as those of a GPU. Nothing on the host may ask for a value."""
     chunk, of_pass, cuda = head.chunk_rows, head.pass_rows, torch.device("cuda")
-    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device: chunk(dtype, cuda))
+    monkeypatch.setattr(head, "chunk_rows", lambda dtype, device, num_local=1: chunk(dtype, cuda))
     monkeypatch.setattr(head, "pass_rows", lambda num_local, dtype, device: of_pass(num_local, dtype, cuda))
     monkeypatch.setitem(head._PRODUCT_ROWS, "meta", head._PRODUCT_ROWS["cuda"])
 
@@ -395,3 +395,9 @@ def test_a_row_whose_loss_is_not_finite_tells_both_ranks(two_ranks: RankPool) ->
     assert row_losses.isinf().sum() == of_hidden.isnan().any(dim=1).sum() == 1
     assert of_hidden[11].isnan().any()
     assert of_weight.isnan().all(dim=1).all()
+
+
+def test_fp32_takes_fewer_rows_of_a_large_vocabulary_on_the_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert [head.chunk_rows(torch.float32, cpu, size) for size in (8192, 65536, 131072, 1 << 40)] == [512, 512, 256, 1]
+    assert head.chunk_rows(torch.bfloat16, cpu, 131072) == head.chunk_rows(torch.bfloat16, cpu)
