@@ -31,8 +31,8 @@ _PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}  # vocabulary rows of a half-precisi
 
 
 def chunk_rows(dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose logits exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its gradient once;
-    in half precision more rows take no more memory than 512 of fp32."""
+    """Rows whose logits exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its gradient once.
+    In half precision 1024 rows take the memory of 512 in fp32; on CUDA it is twice that."""
     return _HALF_CHUNK_ROWS[device.type] if dtype.itemsize == 2 else 512
 
 
