@@ -369,5 +369,5 @@ def _allowed_pairs(chunks: list[Chunk], table: RowTable, rows: Tensor, is_paddin
         clean = torch.arange(chunk.start, chunk.stop, dtype=torch.int32)
         torch.logical_and(first_key <= clean, clean < end_key, out=pairs[..., : len(clean)])
         torch.eq(block, block[:, : chunk.num_noisy_rows].mT, out=pairs[..., len(clean) :])
-        allowed.append(pairs[:1] if bool((pairs == pairs[:1]).all()) else pairs)
+        allowed.append(pairs[:1].clone() if bool((pairs == pairs[:1]).all()) else pairs)
     return allowed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _EXAMPLE_ROWS, _EXAMPLE_PARTS = 1024, 8
-"""Of what each graph is made from: a few MB at most."""
+"""Of what each graph is made from: as large as so many rows of a micro-batch, while it is made."""
 
 
 def run_compiled(passes: Callable[..., Any], *arguments: Any) -> Any:

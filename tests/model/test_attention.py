@@ -549,6 +549,13 @@ def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():
     assert [x() for x in held] == [None] * 2
 
 
+def test_what_is_alike_in_all_sequences_is_kept_once():
+    plan = plan_module.chunk_plan(SequenceLayout(256, 32, has_noisy_half=True), 8, 128)
+    for chunk, allowed in zip(plan.chunks, plan.allowed, strict=True):
+        assert allowed.shape == (1, chunk.num_rows, chunk.num_rows)
+        assert allowed.untyped_storage().nbytes() == allowed.numel()
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["rho 0.5, padding", "complementary", "no noisy rows"])
 def test_flex_forward_under_a_table_equals_the_dense_one(name: str):

@@ -20,6 +20,7 @@ from transformers.models.ministral3.modeling_ministral3 import (
 )
 
 from nld_train.config.schema import RopeConfig
+from nld_train.model import rope
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import RowTable, SequenceLayout
 from nld_train.platform import compilation
@@ -196,6 +197,19 @@ def test_apply_takes_strided_slices_of_a_fused_projection():
         rotary.apply(query, key, layout), rotary.apply(query.contiguous(), key.contiguous(), layout), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_the_compiled_form_turns_one_copy_after_two_and_two_after_one(monkeypatch: pytest.MonkeyPatch):
+    """As at a change of stages: layouts of one length share their tables, not the rows that the compiled form reads."""
+    monkeypatch.setattr(rope, "run_compiled", lambda passes, *arguments: passes(*arguments))
+    for order in ((True, False), (False, True)):
+        eager, compiled = (RotaryEmbedding(RopeConfig(), 8, is_compiled=form) for form in (False, True))
+        for has_noisy_half in order:
+            layout = SequenceLayout(8, 4, has_noisy_half)
+            query, key = (torch.randn(layout.num_rows, 3, heads, 8) for heads in (4, 2))
+            found, expected = (form.apply(query, key, layout) for form in (compiled, eager))
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
 
 
 COMPILED_IN = [torch.float32, *(pytest.param(x, marks=pytest.mark.long) for x in (torch.bfloat16, torch.float64))]
