@@ -36,8 +36,8 @@ def chunk_rows(dtype: torch.dtype, device: torch.device, num_local: int = 1) -> 
     In half precision 1024 rows take the memory of 512 in fp32; on CUDA it is twice that.
 
     Args:
-        num_local: V/tp. On the CPU fp32 has fewer rows of more than 65536 logits, which would be a tenth of all that a
-            step of a small model holds.
+        num_local: V/tp. On the CPU a chunk in fp32 has at most 128 MiB, fewer rows of more than 65536 logits, so that
+            the head holds a third of what full logits would.
     """
     if dtype.itemsize == 2:
         return _HALF_CHUNK_ROWS[device.type]
