@@ -44,16 +44,19 @@ def chunked_attention(
     return _ChunkedAttention.apply(query, key, value, layout, scale)
 
 
-def _chunk_rows(dtype: torch.dtype, group: int, kernel: Kernel) -> int:
+def _chunk_rows(dtype: torch.dtype, group: int, clean_length: int, kernel: Kernel) -> int:
     """Noisy and clean rows that are taken at a time, of heads in groups of ``group``: as measured.
 
     torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. Small
-    tiles cost more in half precision, where large groups reach 768 without many more pairs; else more rows only cost
-    more pairs.
+    tiles cost more in half precision; 768 rows are many more pairs where groups are small and sequences short. In fp32
+    more rows only cost more pairs.
     """
     if kernel.takes_all_keys:
         return 256
-    return max(128, -(-768 // group)) if dtype.itemsize <= 2 and group > 2 else 128
+    if dtype.itemsize > 2:
+        return 128
+    is_long = group > 2 or group * clean_length >= 2048
+    return max(128, -(-(768 if is_long else 192) // group))
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +165,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
         num_sequences, num_heads, _, dim = query.shape
         kernel = kernel_for(query.dtype, layout.clean_length)
-        chunk_rows = _chunk_rows(query.dtype, num_heads // key.shape[1], kernel)
+        chunk_rows = _chunk_rows(query.dtype, num_heads // key.shape[1], layout.clean_length, kernel)
         joined_prefix = layout.clean_length if kernel.takes_all_keys else JOINED_PREFIX
         shape = (num_heads, key.shape[1], query.dtype)
         all_calls = _calls(layout, num_sequences, chunk_rows, joined_prefix, *shape, kernel, torch.get_num_threads())

@@ -321,7 +321,7 @@ TABLE_LAYOUTS: dict[str, tuple[list[list[int]], list[list[range]] | None]] = {
 
 def set_chunk_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, joined: int) -> None:
     """``joined``: longest prefix that is taken with a chunk's own rows."""
-    monkeypatch.setattr(chunked_module, "_chunk_rows", lambda dtype, group, kernel: num_rows)
+    monkeypatch.setattr(chunked_module, "_chunk_rows", lambda *_: num_rows)
     monkeypatch.setattr(chunked_module, "JOINED_PREFIX", joined)
 
 
