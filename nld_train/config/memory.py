@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nld_train.config.schema import ModelConfig, ParallelConfig, Precision, Recompute
-from nld_train.config.workload import Workload
+from nld_train.config.workload import Workload, num_head_chunks
 
 PARTS = {
     "parameters": "weights, in the precision of the run",
@@ -186,7 +186,7 @@ def _rank_memory(
 
     workspace = of_layer.backward_workspace
     if is_last:
-        chunk = min(head_chunk_rows, of_layer.selected)
+        chunk = math.ceil(of_layer.selected / num_head_chunks(of_layer.selected, head_chunk_rows))
         workspace = max(workspace, of_layer.head_workspace(chunk, head_pass_bytes))
     # The embedding's gradient comes last, when the activations are gone.
     if is_first and alive <= 1:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from nld_train.config.memory import num_parameters
 from nld_train.config.schema import ModelConfig, ParallelConfig
-from nld_train.config.workload import Workload
+from nld_train.config.workload import Workload, num_head_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ def step_cost(
 
     up, down = product(after, hidden, 2 * ffn), product(after, ffn, hidden)
     repeated = every * size * dim * (10 * heads - 2 * groups) if kernels.repeats_keys else 0
-    chunks = 1 if kernels.head_chunk_rows is None else math.ceil(weighted / share / kernels.head_chunk_rows)
+    chunks = 1 if kernels.head_chunk_rows is None else num_head_chunks(weighted / share, kernels.head_chunk_rows)
     of_chunks = chunks * share * vocabulary * hidden  # weights that all chunks read, and gradients that they write
     head_written, head_added = 8, 0.0
     if kernels.head_product_bytes is not None:

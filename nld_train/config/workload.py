@@ -126,6 +126,12 @@ def public_workload(length: int, block_size: int) -> Workload:
     )
 
 
+def num_head_chunks(rows: float, usual: int) -> int:
+    """Of rows that enter the loss, where a chunk usually has so many: each reads the weight of the head and the sum of
+    its gradient, so up to 0.3 of a chunk that would be left over is shared by the others."""
+    return max(1, math.ceil(rows / usual - 0.3))
+
+
 def forward_flops(model: ModelConfig, work: Workload, *, prunes_last_layer: bool = True) -> Mapping[str, float]:
     """Floating-point operations of one sequence's forward pass, by part; forward and backward together cost 3 times it.
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nld_train.platform.cpu import bf16_operands, cpu_flags
+from nld_train.platform.cpu import bf16_operands, cpu_info
 
 _LONGEST = 2048
 """Clean tokens of a sequence up to which :data:`PRODUCTS` is taken."""
@@ -62,7 +62,7 @@ def kernel_for(dtype: torch.dtype, clean_length: int) -> Kernel:
 def has_fast_bf16_products() -> bool:
     """oneDNN has kernels for them, and the processor multiplies bf16 several times as fast as fp32."""
     is_there = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return is_there and multiplies_bf16_fast(cpu_flags())
+    return is_there and multiplies_bf16_fast(cpu_info().flags)
 
 
 def multiplies_bf16_fast(flags: frozenset[str]) -> bool:

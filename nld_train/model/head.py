@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nld_train.config.workload import num_head_chunks
+from nld_train.model.linear import ROW_UNIT, times_transposed
 from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 from nld_train.objective.sequence import JointBatch
 from nld_train.platform.cpu import bf16_operands
@@ -32,8 +34,8 @@ _PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}  # vocabulary rows of a half-precisi
 
 
 def chunk_rows(dtype: torch.dtype, device: torch.device, num_local: int = 1) -> int:
-    """Rows whose logits exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its gradient once.
-    In half precision 1024 rows take the memory of 512 in fp32; on CUDA it is twice that.
+    """Rows whose logits usually exist at a time. Each chunk reads the weight twice and moves the fp32 sum of its
+    gradient once. In half precision 1024 rows take the memory of 512 in fp32; on CUDA it is twice that.
 
     Args:
         num_local: V/tp. On the CPU a chunk in fp32 has at most 128 MiB, fewer rows of more than 65536 logits, so that
@@ -44,6 +46,14 @@ def chunk_rows(dtype: torch.dtype, device: torch.device, num_local: int = 1) -> 
     if device.type == "cpu":
         return max(1, min(512, _CHUNK_BYTES // (num_local * dtype.itemsize)))
     return 512
+
+
+def _equal_chunks(num_rows: int, usual: int) -> list[slice]:
+    """:func:`num_head_chunks`, nearly equal, of rows in a multiple that suits a product."""
+    num_chunks = num_head_chunks(num_rows, usual)
+    unit = ROW_UNIT if usual % ROW_UNIT == 0 else 1
+    size = max(1, -(-num_rows // (num_chunks * unit))) * unit
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def pass_rows(num_local: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -265,12 +275,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         local_targets = targets - first_vocab_id
         is_local = (local_targets >= 0) & (local_targets < num_local)
         local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-        step = chunk_rows(hidden.dtype, hidden.device, num_local)
-        logits = hidden.new_empty(min(step, num_rows), num_local)  # for all chunks; then their gradient
-        for start in range(0, num_rows, step):
-            rows = slice(start, min(start + step, num_rows))
-            chunk = logits[: rows.stop - start]
-            torch.mm(hidden[rows], weight.t(), out=chunk)
+        chunk: Tensor | None = None
+        for rows in _equal_chunks(num_rows, chunk_rows(hidden.dtype, hidden.device, num_local)):
+            chunk = None  # its memory is free for the next one
+            chunk = times_transposed(hidden[rows], weight)
             _cross_entropy_in_place(
                 chunk,
                 local_targets[rows],
@@ -282,7 +290,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 needs_grad=needs_grad,
             )
             if grad_hidden is not None:
-                torch.mm(chunk, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = times_transposed(chunk, weight.t())
                 if grad_weight is not None:
                     _add_weight_gradient(grad_weight, chunk, hidden[rows], is_rounded_again=in_main_grad is None)
         if grad_hidden is not None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nld_train.model.attention import JointAttention
 from nld_train.model.head import gather_rows
+from nld_train.model.linear import ColumnParallelLinear, RowParallelLinear
 from nld_train.model.pointwise import GatedMLP, RMSNorm
 from nld_train.objective.sequence import SequenceLayout
 
@@ -118,7 +119,14 @@ class DecoderLayer(TransformerLayer):
 
 
 class LocalModules(LocalSpecProvider):
-    """Megatron's own linear layers, our norm and our MLP, each alone, so that every parameter has a name of its own."""
+    """Megatron's linear layers (with our products on the CPU), our norm and our MLP, each alone, so that every
+    parameter has a name of its own."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
         return RMSNorm

@@ -13,7 +13,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,15 +114,24 @@ def enter() -> None:
     _active.__enter__()
 
 
+class CPUInfo(NamedTuple):
+    """What Linux says of the first processor; empty elsewhere. ``flags``: what it can do."""
+
+    vendor: str
+    name: str
+    flags: frozenset[str]
+
+
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """What the processor can do, as Linux names it; empty elsewhere."""
+def cpu_info() -> CPUInfo:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").partition("\n\n")[0].splitlines()
     except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
+        lines = []
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return CPUInfo(
+        values.get("vendor_id", ""), values.get("model name", ""), frozenset(values.get("flags", "").split())
+    )
 
 
 def keep_freed_memory() -> bool:

@@ -69,7 +69,13 @@ class _RepeatedAttention(DecoderAttention):
 
 
 class _StockModules(LocalModules):
-    """Megatron's own norm (torch's) and MLP (halves, silu, product, each written out)."""
+    """Megatron's own linear layers, norm (torch's) and MLP (halves, silu, product, each written out)."""
+
+    def column_parallel_linear(self) -> type:
+        return LocalSpecProvider.column_parallel_linear(self)
+
+    def row_parallel_linear(self) -> type:
+        return LocalSpecProvider.row_parallel_linear(self)
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
         return LocalSpecProvider.layer_norm(self, rms_norm=True)

@@ -18,6 +18,7 @@ from nld_train.config.validate import notices
 from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_chunks, fuses_gradients
+from nld_train.model.linear import fp32_products
 from nld_train.model.pointwise import compiles_pointwise
 from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import Platform, check_compiler, check_layer_spec, initialize_device, library_version
@@ -282,6 +283,10 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     )
     if fuses_gradients(shape, DTYPES[precision], device):
         gradients = "the matrix product adds to the fp32 sum (Apex)"
+    products = {}
+    if not platform.is_cuda:
+        products = {"matrix products": fp32_products() if precision is Precision.fp32 else "torch"}
+        gradients = "the matrix product adds to the sum" if precision is Precision.fp32 else gradients
     form = "compiled" if compiles_pointwise(shape.compile_pointwise, device) else "eager"
     installed = [
         f"{name} {library_version(package)}"
@@ -298,6 +303,7 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
         "attention": attention,
         "norm and SwiGLU": f"Transformer Engine's, and {form}" if by_transformer_engine else form,
         "rotary embedding": "one kernel (Triton)" if platform.is_cuda else form,
+        **products,
         "weight gradients": gradients,
         "optimizer": choose_adam(),
         "installed": ", ".join(

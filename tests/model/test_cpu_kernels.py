@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nld_train.model import cpu_kernels
 from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel, has_fast_bf16_products, kernel_for
-from nld_train.platform.cpu import bf16_operands, cpu_flags
+from nld_train.platform.cpu import bf16_operands, cpu_info
 
 SCALE = 0.3
 KERNELS = {"flash": FLASH, "products": PRODUCTS}
@@ -154,7 +154,7 @@ def test_products_are_for_short_sequences_in_bf16_alone(monkeypatch: pytest.Monk
 def test_which_processors_multiply_bf16_fast(flags: str, is_fast: bool) -> None:
     assert cpu_kernels.multiplies_bf16_fast(frozenset(flags.split())) is is_fast
     if Path("/proc/cpuinfo").exists() and platform.machine() == "x86_64":
-        assert {"fpu", "sse2"} <= cpu_flags()
+        assert {"fpu", "sse2"} <= cpu_info().flags
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.25])

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nld_train.errors import DataError
+from nld_train.platform.cpu import cpu_info
 from nld_train.testing.benchmarks.comparison import Row
 
 _ROOT = Path(__file__).parents[3]
@@ -60,7 +61,7 @@ def machine(keeps_memory: bool) -> dict[str, str | int]:
     description: dict[str, str | int] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": cpu_name(),
+        "cpu": cpu_info().name or platform.processor() or platform.machine(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
         "threads": torch.get_num_threads(),
         "load_average": f"{os.getloadavg()[0]:.1f}",
@@ -76,15 +77,6 @@ def machine(keeps_memory: bool) -> dict[str, str | int]:
         description["gpu"] = torch.cuda.get_device_name()
         description["cuda"] = str(torch.version.cuda)
     return description
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:
