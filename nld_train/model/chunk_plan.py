@@ -1,21 +1,24 @@
 """How the rows of a micro-batch fall into chunks for the CPU's attention: rows that share a clean prefix.
 
+A plan is built for each micro-batch, in many small operations: numpy's, which cost a fraction of torch's to start.
+Tensors are only what comes in and what the plan hands out.
+
 Dimensions: B sequences, S rows of the model's input, L clean tokens, N noisy rows, D head dimension, R rows of a chunk,
 n sequences that have a chunk alike.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nld_train.objective.masks import cached_by_layout
-from nld_train.objective.sequence import RowTable, SequenceLayout, row_table
+from nld_train.objective.sequence import SequenceLayout, row_table
 
 LARGEST_PADDING = 1.25
 """Rows of a sequence's part of a chunk, padding included, for one that is needed: at most."""
@@ -65,33 +68,33 @@ class ChunkRows:
     is_padding: Tensor | None
     num_rows: int
     others: Tensor
-    _elements: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _elements: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def elements(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def elements(self, num_heads: int) -> tuple[Tensor, ...]:
         """int64 [rows * num_heads]: element (s * B + b) * num_heads + head by (chunk, sequence, head, row); its
         inverse, int64 [S * B * num_heads], in which rows of no chunk have some element of the last one; and which of
         the first are padding."""
         if num_heads not in self._elements:
-            heads = torch.arange(num_heads)[:, None]
-            elements = self._of_heads(self.rows, lambda rows: rows * num_heads + heads)
-            places = torch.arange(len(elements))
+            heads = np.arange(num_heads)[:, None]
+            elements = self._of_heads(self.rows.numpy(), lambda rows: rows * num_heads + heads)
+            places = np.arange(len(elements))
             padding = places[:0]
-            inverse = torch.full((self.num_rows * num_heads,), len(elements) - 1)
+            inverse = np.full(self.num_rows * num_heads, len(elements) - 1)
             if self.is_padding is None:
-                inverse.scatter_(0, elements, places)
+                inverse[elements] = places
             else:
-                is_padding = self._of_heads(self.is_padding, lambda rows: rows.expand(-1, num_heads, -1))
-                padding, needed = is_padding.nonzero().squeeze(1), (~is_padding).nonzero().squeeze(1)
-                inverse.scatter_(0, elements[needed], needed)
-            self._elements[num_heads] = elements, inverse, padding
+                is_padding = self._of_heads(self.is_padding.numpy(), lambda rows: rows.repeat(num_heads, axis=1))
+                padding, needed = is_padding.nonzero()[0], (~is_padding).nonzero()[0]
+                inverse[elements[needed]] = needed
+            self._elements[num_heads] = tuple(torch.from_numpy(x) for x in (elements, inverse, padding))
         return self._elements[num_heads]
 
-    def _of_heads(self, x: Tensor, to_heads: Callable[[Tensor], Tensor]) -> Tensor:
+    def _of_heads(self, x: np.ndarray, to_heads: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """``x`` [rows in chunks], each chunk's as [n, 1, R] through ``to_heads``, which gives [n, heads, R]."""
-        of_chunks = x.split([num_sequences * num_rows for num_sequences, num_rows in self.sizes])
-        return torch.cat([
-            to_heads(rows.view(num_sequences, 1, num_rows)).flatten()
-            for (num_sequences, num_rows), rows in zip(self.sizes, of_chunks, strict=True)
+        first_rows = np.prod(self.sizes, axis=1).cumsum()[:-1]
+        return np.concatenate([
+            to_heads(rows.reshape(num_sequences, 1, num_rows)).ravel()
+            for (num_sequences, num_rows), rows in zip(self.sizes, np.split(x, first_rows), strict=True)
         ])  # fmt: skip
 
     def gather(self, x: Tensor, *, zero_padding: bool = False) -> Tensor:
@@ -129,30 +132,53 @@ class ChunkPlan:
 @torch.inference_mode(False)
 def chunk_plan(layout: SequenceLayout, num_sequences: int, chunk_rows: int) -> ChunkPlan:
     """Chunks of about ``chunk_rows`` rows, noisy and clean ones; more where a block is longer."""
-    table, num_noisy = row_table(layout, num_sequences), layout.num_noisy_rows
+    table, num_noisy = _table(layout, num_sequences), layout.num_noisy_rows
     found, member_of_row = _found_members(layout, table, chunk_rows)
     chunks, numbers = _padded_chunks(found)
-    by_chunk, is_padding = _by_chunk(chunks, numbers, member_of_row, num_noisy)
-    rows = by_chunk % layout.num_rows * num_sequences + by_chunk // layout.num_rows
+    member_sizes = np.array([
+        (chunk.num_noisy_rows, chunk.stop - chunk.start) for chunk in chunks for _ in range(chunk.num_sequences)
+    ])  # fmt: skip
+    by_chunk, is_padding = _by_chunk(numbers, member_sizes, member_of_row, num_noisy)
     sizes = [(chunk.num_sequences, chunk.num_rows) for chunk in chunks]
-    others = (member_of_row.t().flatten() < 0).nonzero().squeeze(1)
-    queries = ChunkRows(sizes, rows, is_padding, member_of_row.numel(), others)
-    noisy_keys = _noisy_rows(chunks, queries, num_sequences, num_noisy)
+    sequences = by_chunk // layout.num_rows
+    rows = (by_chunk - sequences * layout.num_rows) * num_sequences + sequences
+    of_padding = None if is_padding is None else torch.from_numpy(is_padding)
+    others = np.flatnonzero(member_of_row.T < 0)
+    queries = ChunkRows(sizes, torch.from_numpy(rows), of_padding, member_of_row.size, torch.from_numpy(others))
+    noisy_keys = _noisy_rows(chunks, queries, member_sizes, num_sequences, num_noisy)
     return ChunkPlan(chunks, queries, noisy_keys, _allowed_pairs(chunks, table, by_chunk, is_padding))
 
 
-def _noisy_rows(chunks: list[Chunk], rows: ChunkRows, num_sequences: int, num_noisy: int) -> ChunkRows:
+class _Table(NamedTuple):
+    """A row table's int64 [B, S], and ``places``, likewise: the clean token that a row stands for."""
+
+    blocks: np.ndarray
+    first_keys: np.ndarray
+    end_keys: np.ndarray
+    places: np.ndarray
+
+
+def _table(layout: SequenceLayout, num_sequences: int) -> _Table:
+    table = row_table(layout, num_sequences)
+    first_keys = table.first_keys.numpy()
+    places = first_keys + table.position_ids.numpy()
+    return _Table(table.blocks.numpy(), first_keys, table.end_keys.numpy(), places)
+
+
+def _noisy_rows(
+    chunks: list[Chunk], queries: ChunkRows, member_sizes: np.ndarray, num_sequences: int, num_noisy: int
+) -> ChunkRows:
     """The noisy ones; the first of the sequence stands for padding, whatever it is."""
-    is_noisy = torch.cat([
-        (torch.arange(chunk.num_rows) < chunk.num_noisy_rows).repeat(chunk.num_sequences) for chunk in chunks
-    ])  # fmt: skip
-    of_chunks, is_padding = rows.rows[is_noisy], None
-    if rows.is_padding is not None:
-        is_padding = rows.is_padding[is_noisy]
-        of_chunks = torch.where(is_padding, of_chunks % num_sequences, of_chunks)
+    is_noisy = np.tile([True, False], len(member_sizes)).repeat(member_sizes.ravel())
+    rows, is_padding = queries.rows.numpy()[is_noisy], None
+    if queries.is_padding is not None:
+        is_padding = queries.is_padding.numpy()[is_noisy]
+        rows = np.where(is_padding, rows % num_sequences, rows)
     sizes = [(chunk.num_sequences, chunk.num_noisy_rows) for chunk in chunks]
-    others = rows.others[rows.others < num_noisy * num_sequences]
-    return ChunkRows(sizes, of_chunks, is_padding, num_noisy * num_sequences, others)
+    others, num_rows = queries.others.numpy(), num_noisy * num_sequences
+    others = others[others < num_rows]
+    of_padding = None if is_padding is None else torch.from_numpy(is_padding)
+    return ChunkRows(sizes, torch.from_numpy(rows), of_padding, num_rows, torch.from_numpy(others))
 
 
 class _Place(NamedTuple):
@@ -178,20 +204,16 @@ def _is_shard(layout: SequenceLayout) -> bool:
 
 
 def _found_members(
-    layout: SequenceLayout, table: RowTable, chunk_rows: int
-) -> tuple[dict[_Place, list[_Member]], Tensor]:
+    layout: SequenceLayout, table: _Table, chunk_rows: int
+) -> tuple[dict[_Place, list[_Member]], np.ndarray]:
     """What each sequence has of each chunk (several that stand for the same tokens are one: fewer and longer calls),
     and int64 [B, S], the number of each row's member, -1 for padding."""
-    num_noisy, length = layout.num_noisy_rows, layout.num_clean_rows
-    is_noisy = table.blocks[:, :num_noisy] >= 0  # not padding
-    places = table.first_keys[:, :num_noisy] + table.position_ids[:, :num_noisy]
-    document_starts = table.first_keys[:, num_noisy:]
-    is_shard = _is_shard(layout)
-    boundaries, noisy_before = _noisy_blocks(table, places, is_noisy & (not is_shard), length)
-
+    num_noisy = layout.num_noisy_rows
+    noisy_rows = (table.blocks[:, :num_noisy] >= 0).nonzero()  # their sequences and numbers; not padding
+    boundaries, noisy_before = _noisy_blocks(layout, table, noisy_rows)
     found: dict[_Place, list[_Member]] = {}
     num_found = 0
-    member_of_row = torch.full(table.blocks.shape, -1)
+    member_of_row = np.full(table.blocks.shape, -1)
 
     def add(sequence: int, num_noisy_rows: int, document_start: int, start: int, stop: int) -> None:
         nonlocal num_found
@@ -201,55 +223,60 @@ def _found_members(
         found.setdefault(place, []).append(_Member(sequence, num_noisy_rows, num_found))
         num_found += 1
 
+    document_starts = table.first_keys[:, num_noisy:]
     for together in _alike(document_starts):
         documents = document_starts[together[0]]
-        # Ends that suit all of them: where none has a block, at their mean number of rows.
-        may_end = boundaries[together].all(0).numpy()
-        mean_before = noisy_before[together].double().mean(0).tolist()
+        # Cuts that suit all of them: where none has a block, by their mean number of rows.
+        may_cut, before = np.logical_and.reduce(boundaries[together]), noisy_before[together]
+        mean_before = before.mean(axis=0)
         first = 0  # number of the range's first clean row
         for range_start, range_stop in layout.shard.ranges(layout.clean_length):
             last = first + range_stop - range_start
-            begins_document = documents[first:last].numpy() == np.arange(range_start, range_stop)
-            ends = _chunk_ends(may_end[first : last + 1], begins_document, mean_before[first : last + 1], chunk_rows)
-            for start, stop in zip([0, *ends], ends, strict=False):
-                counts = (noisy_before[together, first + stop] - noisy_before[together, first + start]).tolist()
-                for sequence, num_noisy_rows in zip(together, counts, strict=True):
-                    member_of_row[sequence, num_noisy + first + start : num_noisy + first + stop] = num_found
-                    document_start = int(documents[first + start])
-                    add(sequence, num_noisy_rows, document_start, range_start + start, range_start + stop)
+            begins_document = documents[first:last] == np.arange(range_start, range_stop)
+            in_range = slice(first, last + 1)
+            cuts = _chunk_cuts(may_cut[in_range], begins_document, mean_before[in_range], chunk_rows)
+            num_noisy_rows = np.diff(before[:, first:][:, cuts])  # [sequences, chunks]
+            numbers = num_found + np.arange(num_noisy_rows.size).reshape(-1, len(together)).T
+            member_of_row[together, num_noisy + first : num_noisy + last] = numbers.repeat(np.diff(cuts), axis=1)
+            for (start, stop), counts in zip(pairwise(cuts), num_noisy_rows.T.tolist(), strict=True):
+                document_start = int(documents[first + start])
+                for sequence, count in zip(together, counts, strict=True):
+                    add(sequence, count, document_start, range_start + start, range_start + stop)
             first = last
-    for sequence in range(len(table.blocks) if num_noisy else 0):
-        of_noisy, of_clean = member_of_row[sequence].split([num_noisy, length])
-        rows = is_noisy[sequence].nonzero().squeeze(1)
-        if is_shard:
-            _, numbers_of_blocks, sizes = table.blocks[sequence, rows].unique_consecutive(
-                return_inverse=True, return_counts=True
-            )
-            of_noisy[rows] = num_found + numbers_of_blocks
-            first_rows = rows[sizes.cumsum(0) - sizes]
-            starts, stops = (x[sequence, first_rows].tolist() for x in (table.first_keys, table.end_keys))
-            for document_start, start, size in zip(starts, stops, sizes.tolist(), strict=True):
-                add(sequence, size, document_start, start, start)
-        else:
-            of_noisy[rows] = of_clean[places[sequence, rows]]
+    if _is_shard(layout):
+        sequences, blocks = noisy_rows[0], table.blocks[noisy_rows]
+        begins_block = (np.diff([sequences, blocks], prepend=-1) != 0).any(axis=0)
+        member_of_row[noisy_rows] = num_found - 1 + begins_block.cumsum()
+        first_rows = tuple(x[begins_block] for x in noisy_rows)
+        sizes = np.diff(begins_block.nonzero()[0], append=len(begins_block))
+        of_blocks = (first_rows[0], sizes, table.first_keys[first_rows], table.end_keys[first_rows])
+        for sequence, size, document_start, start in zip(*(x.tolist() for x in of_blocks), strict=True):
+            add(sequence, size, document_start, start, start)
+    else:
+        member_of_row[noisy_rows] = member_of_row[noisy_rows[0], num_noisy + table.places[noisy_rows]]
     return found, member_of_row
 
 
-def _noisy_blocks(table: RowTable, places: Tensor, is_noisy: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of noisy rows that stand for ``places`` [B, N], where ``is_noisy``: bool [B, L + 1], no block goes on over this
-    place; int64 [B, L + 1], rows that stand for an earlier one."""
-    num_noisy = places.shape[1]
-    # A noisy row crosses the boundaries between its block's first token and itself, (block start, place].
-    crossings = torch.zeros(len(places), length + 2, dtype=torch.int64)
-    num_copies = torch.zeros(len(places), length, dtype=torch.int64)
-    if is_noisy.any():
-        crossings.scatter_add_(1, table.end_keys[:, :num_noisy] + 1, is_noisy.long())
-        crossings.scatter_add_(1, places + 1, -is_noisy.long())
-        num_copies.scatter_add_(1, places, is_noisy.long())
-    return crossings.cumsum(1)[:, : length + 1] == 0, F.pad(num_copies.cumsum(1), (1, 0))
+def _noisy_blocks(
+    layout: SequenceLayout, table: _Table, noisy_rows: tuple[np.ndarray, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of all clean rows, [B, L + 1]: bool, no noisy block goes on over this place; int64, noisy rows that stand for an
+    earlier one. In a shard none does."""
+    shape = (len(table.blocks), layout.num_clean_rows + 1)
+    if _is_shard(layout):
+        return np.ones(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+
+    def num_before(places: np.ndarray) -> np.ndarray:
+        """int64 [B, L + 1], noisy rows whose ``places`` are earlier ones."""
+        numbers = noisy_rows[0] * shape[1] + places[noisy_rows] + 1
+        return np.bincount(numbers, minlength=shape[0] * shape[1]).reshape(shape).cumsum(axis=1)
+
+    # Rows of blocks that begin before a place are themselves before it, unless one of these blocks goes on over it.
+    noisy_before = num_before(table.places)
+    return num_before(table.end_keys) == noisy_before, noisy_before
 
 
-def _padded_chunks(found: dict[_Place, list[_Member]]) -> tuple[list[Chunk], Tensor]:
+def _padded_chunks(found: dict[_Place, list[_Member]]) -> tuple[list[Chunk], np.ndarray]:
     """Chunks of members with little padding, and int64 [members], their numbers in the chunks' order."""
     chunks: list[Chunk] = []
     numbers: list[int] = []
@@ -259,7 +286,7 @@ def _padded_chunks(found: dict[_Place, list[_Member]]) -> tuple[list[Chunk], Ten
             sequences = [member.sequence for member in members]
             first, last = sequences[0], sequences[-1]
             chunk = Chunk(
-                sequences=torch.tensor(sequences),
+                sequences=torch.from_numpy(np.array(sequences)),
                 run=slice(first, last + 1) if last - first + 1 == len(members) else None,
                 num_sequences=len(members),
                 document_start=document_start,
@@ -273,43 +300,38 @@ def _padded_chunks(found: dict[_Place, list[_Member]]) -> tuple[list[Chunk], Ten
             numbers += [member.number for member in members]
             first_row += len(members) * chunk.num_rows
             first_noisy_row += len(members) * chunk.num_noisy_rows
-    return chunks, torch.tensor(numbers)
+    return chunks, np.array(numbers)
 
 
 def _by_chunk(
-    chunks: list[Chunk], numbers: Tensor, member_of_row: Tensor, num_noisy: int
-) -> tuple[Tensor, Tensor | None]:
+    numbers: np.ndarray, member_sizes: np.ndarray, member_of_row: np.ndarray, num_noisy: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Rows (b * S + s) in the plan's order: member by member, noisy ones before clean ones, then in their own order;
-    and which of them stand for padding, bool; None: none do."""
-    member_rows = torch.tensor([
-        (chunk.num_noisy_rows, chunk.num_rows) for chunk in chunks for _ in range(chunk.num_sequences)
-    ])  # fmt: skip
-    member_ends = member_rows[:, 1].cumsum(0)
-    member_starts = member_ends - member_rows[:, 1]
-    bases = torch.stack([member_starts, member_starts + member_rows[:, 0]], dim=1).flatten()  # by 2 * member + is_clean
-    ranks = torch.empty_like(numbers).scatter_(0, numbers, torch.arange(len(numbers)))
-    kinds = 2 * ranks[member_of_row]
+    and which of them stand for padding, bool; None: none do. ``member_sizes`` int64 [members, 2]: both kinds' rows."""
+    ranks = numbers.argsort()  # of members in the order in which they were found
+    kinds = 2 * ranks[member_of_row]  # 2 * member + is_clean
     kinds[:, num_noisy:] += 1
-    kinds.masked_fill_(member_of_row < 0, -1)
-    num_in_none = int((kinds < 0).sum())
-    order = kinds.flatten().argsort(stable=True)[num_in_none:]
-    sorted_kinds = kinds.flatten()[order]
-    num_of_kind = sorted_kinds.bincount(minlength=2 * len(numbers))
-    places = bases[sorted_kinds] + torch.arange(len(order)) - (num_of_kind.cumsum(0) - num_of_kind)[sorted_kinds]
-    by_chunk = torch.full((int(member_ends[-1]),), -1).scatter_(0, places, order)
-    if len(order) == len(by_chunk):
-        return by_chunk, None
+    kinds[member_of_row < 0] = -1
+    order = kinds.argsort(axis=None, kind="stable")[np.count_nonzero(kinds < 0) :]
+    ends = member_sizes.cumsum()
+    if len(order) == ends[-1]:  # members are full
+        return order, None
+    num_of_kind = np.bincount(kinds.ravel()[order], minlength=member_sizes.size)
+    num_padding_before = ends - member_sizes.ravel() - (num_of_kind.cumsum() - num_of_kind)
+    by_chunk = np.full(ends[-1], -1)
+    by_chunk[np.arange(len(order)) + num_padding_before.repeat(num_of_kind)] = order
     is_padding = by_chunk < 0
     # A member's last row is clean, if it has any; its first is noisy, else.
-    stand_ins = torch.where(by_chunk[member_ends - 1] < 0, by_chunk[member_starts], by_chunk[member_ends - 1])
-    return torch.where(is_padding, stand_ins.repeat_interleave(member_rows[:, 1]), by_chunk), is_padding
+    member_ends, num_rows = ends[1::2], member_sizes.sum(axis=1)
+    stand_ins = np.where(is_padding[member_ends - 1], by_chunk[member_ends - num_rows], by_chunk[member_ends - 1])
+    return np.where(is_padding, stand_ins.repeat(num_rows), by_chunk), is_padding
 
 
-def _alike(document_starts: Tensor) -> list[list[int]]:
+def _alike(document_starts: np.ndarray) -> list[list[int]]:
     """Sequences with the same documents, of int64 [B, L]."""
     found: dict[bytes, list[int]] = {}
     for sequence, starts in enumerate(document_starts):
-        found.setdefault(starts.numpy().tobytes(), []).append(sequence)
+        found.setdefault(starts.tobytes(), []).append(sequence)
     return list(found.values())
 
 
@@ -325,49 +347,53 @@ def _padded_alike(members: list[_Member], num_clean_rows: int) -> Iterator[list[
     yield sorted(together)
 
 
-def _chunk_ends(
-    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: Sequence[float], chunk_rows: int
+def _chunk_cuts(
+    is_boundary: np.ndarray, begins_document: np.ndarray, noisy_before: np.ndarray, chunk_rows: int
 ) -> list[int]:
-    """Where the chunks of one sequence, or of some with the same documents, end.
+    """Where the chunks of one sequence, or of some with the same documents, begin and end: from 0 to L.
 
     Args:
         is_boundary: bool [L + 1], no noisy block goes on over this place.
         begins_document: bool [L].
-        noisy_before: [L + 1], noisy rows that stand for an earlier clean token; of several sequences their mean.
+        noisy_before: float64 [L + 1], rows that stand for an earlier clean token; of several sequences their mean.
         chunk_rows: rows of a chunk, at most, unless a block is longer.
     """
     length = len(begins_document)
-    boundaries = is_boundary.nonzero()[0].tolist()
-    rows_before = [place + noisy_before[place] for place in boundaries]
+    places = is_boundary.nonzero()[0]
+    rows_before = (places + noisy_before[places]).tolist()
+    boundaries = places.tolist()  # from 0 to L
     document_starts = [*begins_document.nonzero()[0].tolist(), length]
-    ends: list[int] = []
-    start = 0
-    while start < length:
+    cuts = [0]
+    number = 0  # of the last cut among the boundaries
+    while (start := cuts[-1]) < length:
         last = length if begins_document[start] else document_starts[bisect_right(document_starts, start)]
-        fits = bisect_right(rows_before, start + noisy_before[start] + chunk_rows)
-        end = boundaries[min(fits, bisect_right(boundaries, last)) - 1]
-        start = end if end > start else boundaries[bisect_right(boundaries, start)]
-        ends.append(start)
-    return ends
+        fits = bisect_right(rows_before, rows_before[number] + chunk_rows)
+        number = max(min(fits, bisect_right(boundaries, last)) - 1, number + 1)
+        cuts.append(boundaries[number])
+    return cuts
 
 
-def _allowed_pairs(chunks: list[Chunk], table: RowTable, rows: Tensor, is_padding: Tensor | None) -> list[Tensor]:
+def _allowed_pairs(chunks: list[Chunk], table: _Table, rows: np.ndarray, is_padding: np.ndarray | None) -> list[Tensor]:
     """See :class:`ChunkPlan`; ``rows``: b * S + s, chunk by chunk. Padding is a block of its own: nobody sees it, and
     it sees something."""
     blocks, first_keys, end_keys = (
-        x.flatten()[rows].to(torch.int32) for x in (table.blocks, table.first_keys, table.end_keys)
+        x.ravel()[rows].astype(np.int32) for x in (table.blocks, table.first_keys, table.end_keys)
     )
     if is_padding is not None:
-        blocks = blocks.masked_fill(is_padding, _PADDING_BLOCK)
+        blocks[is_padding] = _PADDING_BLOCK
     allowed: list[Tensor] = []
     for chunk in chunks:
         last_row = chunk.first_row + chunk.num_sequences * chunk.num_rows
         block, first_key, end_key = (
-            x[chunk.first_row : last_row].view(chunk.num_sequences, -1, 1) for x in (blocks, first_keys, end_keys)
+            x[chunk.first_row : last_row].reshape(chunk.num_sequences, -1, 1) for x in (blocks, first_keys, end_keys)
         )
-        pairs = torch.empty(chunk.num_sequences, chunk.num_rows, chunk.num_rows, dtype=torch.bool)
-        clean = torch.arange(chunk.start, chunk.stop, dtype=torch.int32)
-        torch.logical_and(first_key <= clean, clean < end_key, out=pairs[..., : len(clean)])
-        torch.eq(block, block[:, : chunk.num_noisy_rows].mT, out=pairs[..., len(clean) :])
-        allowed.append(pairs[:1].clone() if bool((pairs == pairs[:1]).all()) else pairs)
+        pairs = np.empty((chunk.num_sequences, chunk.num_rows, chunk.num_rows), dtype=bool)
+        clean = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+        of_clean = np.less(clean, end_key, out=pairs[..., : len(clean)])
+        if first_key.max() > chunk.start:  # a document begins inside of it
+            of_clean &= first_key <= clean
+        np.equal(block, block[:, : chunk.num_noisy_rows].swapaxes(1, 2), out=pairs[..., len(clean) :])
+        if len(pairs) > 1 and (pairs[1:] == pairs[0]).all():
+            pairs = pairs[:1].copy()
+        allowed.append(torch.from_numpy(pairs))
     return allowed

@@ -148,7 +148,7 @@ def _additive(allowed: Tensor, joined: int, num_folded: int, dtype: torch.dtype)
     with a 0 for each of the joined tokens."""
     num_masks, num_rows, _ = allowed.shape
     mask = torch.zeros(num_masks, num_folded, num_rows, joined + num_rows, dtype=dtype)
-    mask[..., joined:].masked_fill_(~allowed[:, None], -math.inf)
+    mask[..., joined:] = torch.where(allowed, mask.new_zeros(()), -math.inf)[:, None]
     return mask.flatten(1, 2)
 
 

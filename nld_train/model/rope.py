@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
@@ -84,7 +85,9 @@ class RotaryEmbedding:
         positions = table.position_ids.t()
         tables = self.tables(length, positions.device, dtype)
         query_scale = None if tables.query_scale is None else tables.query_scale[positions]
-        return RotaryTables(tables.cos[positions], tables.sin[positions], query_scale)
+        # Whole rows at a time: on the CPU several times as fast as indexing.
+        cos, sin = (F.embedding(positions, x) for x in (tables.cos, tables.sin))
+        return RotaryTables(cos, sin, query_scale)
 
     @torch.inference_mode(False)  # a cached inference tensor could not be saved for a later backward pass
     @torch.no_grad()

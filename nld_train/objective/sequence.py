@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -381,30 +382,24 @@ def _plain_table(layout: SequenceLayout, num_sequences: int) -> RowTable:
 
 
 def _row_table(corruption: Corruption | None, document_starts: Tensor | None, tokens: Tensor) -> RowTable:
-    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
-    starts = torch.zeros_like(tokens) if document_starts is None else document_starts
-    clean = RowTable(
-        position_ids=places - starts, blocks=torch.full_like(tokens, -1), first_keys=starts, end_keys=places + 1
-    )
-    if corruption is None:
-        return clean
-    blocks, noisy_places = corruption.blocks, corruption.places
-    row_numbers = torch.arange(blocks.shape[1]).expand(blocks.shape)
-    is_padding = noisy_places < 0
-    begins_block = torch.ones_like(is_padding)
-    begins_block[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
-    first_rows = torch.where(begins_block, row_numbers, 0).cummax(dim=1).values
-    block_starts = noisy_places.gather(1, first_rows)
-    first_keys = starts.gather(1, noisy_places.clamp_min(0))
-    noisy = RowTable(
-        position_ids=torch.where(is_padding, 0, noisy_places - first_keys),
-        blocks=torch.where(is_padding, -2 - row_numbers, blocks),
-        first_keys=torch.where(is_padding, 0, first_keys),
-        end_keys=torch.where(is_padding, 0, block_starts),
-    )
-    return RowTable(
-        position_ids=torch.cat([noisy.position_ids, clean.position_ids], dim=1),
-        blocks=torch.cat([noisy.blocks, clean.blocks], dim=1),
-        first_keys=torch.cat([noisy.first_keys, clean.first_keys], dim=1),
-        end_keys=torch.cat([noisy.end_keys, clean.end_keys], dim=1),
-    )
+    """Of a micro-batch, on the CPU: many small operations, which cost less as numpy's than as torch's."""
+    places = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    starts = np.zeros_like(places) if document_starts is None else document_starts.numpy()
+    # In the order of the table's fields.
+    of_rows: list[np.ndarray] = [places - starts, np.full_like(places, -1), starts, places + 1]
+    if corruption is not None:
+        blocks, noisy_places = corruption.blocks.numpy(), corruption.places.numpy()
+        sequences, rows = np.arange(len(blocks))[:, None], np.arange(blocks.shape[1])
+        begins_block = np.ones_like(blocks, dtype=bool)
+        begins_block[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
+        first_rows = np.maximum.accumulate(np.where(begins_block, rows, 0), axis=1)
+        noisy_starts, block_starts = starts[sequences, noisy_places], noisy_places[sequences, first_rows]
+        of_noisy = (noisy_places - noisy_starts, blocks, noisy_starts, block_starts)
+        of_padding: tuple[int | np.ndarray, ...] = (0, -2 - rows, 0, 0)
+        is_padding = noisy_places < 0
+        of_rows = [
+            np.concatenate([np.where(is_padding, padding, noisy), clean], axis=1)
+            for padding, noisy, clean in zip(of_padding, of_noisy, of_rows, strict=True)
+        ]
+    position_ids, numbers, first_keys, end_keys = (torch.from_numpy(x) for x in of_rows)
+    return RowTable(position_ids=position_ids, blocks=numbers, first_keys=first_keys, end_keys=end_keys)
