@@ -1,6 +1,7 @@
 """Build the model: Megatron's GPTModel with our attention core, norm and loss head, and its initial weights."""
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from nld_train.config.schema import (
 from nld_train.model.embedding import TokenEmbedding
 from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
 from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules, decoder_layer_spec, decoder_spec
+from nld_train.model.linear import fast_rows
 from nld_train.model.pointwise import DecoderConfig, compiles_pointwise
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import SequenceLayout
@@ -208,16 +210,13 @@ class NLDModel(GPTModel):
         rows = None
         if selected is not None and self.post_process:
             rows = selected.rows
-            if (multiple := row_multiple_of(self.config)) > 1:
+            multiple = math.lcm(row_multiple_of(self.config), fast_rows(self.config.params_dtype, rows.device))
+            if multiple > 1:
                 rows = padded_to_shares(rows, multiple)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, attention_bias=DecoderRows(layout=layout, selected=rows)
         )
-        if not self.post_process:
-            return hidden
-        if selected is not None and not self.config.sequence_parallel and len(hidden) > len(selected.rows):
-            hidden = hidden[: len(selected.rows)]  # with sequence parallelism the head does so, after it has gathered
-        return self.output_layer(hidden, selected)
+        return self.output_layer(hidden, selected) if self.post_process else hidden
 
 
 def global_parameter_name(model: NLDModel, local_name: str) -> str:

@@ -73,7 +73,8 @@ class _Call:
     ``number``: of the chunk in the plan. ``mask``: additive, [G / P * R, own keys] (or [n, 1, G / P * R, own keys]);
     for a kernel that takes all keys [1 or n, R, R], of the last R keys. ``first_key``: the first clean token that is
     taken with the chunk's own rows, ``chunk.document_start`` or ``chunk.start``. ``fold``: (n * K, P, G / P * R).
-    ``rows``, ``noisy_keys``: its elements of the queries and of the noisy keys.
+    ``rows``, ``noisy_keys``: its elements of the queries and of the noisy keys. ``heads``: of the B * K, those of its
+    sequences, as a slice where they stand together, else int64 [n * K].
     """
 
     chunk: Chunk
@@ -83,6 +84,7 @@ class _Call:
     fold: tuple[int, int, int]
     rows: slice
     noisy_keys: slice
+    heads: slice | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +140,17 @@ def _calls(
                 fold=(heads, parts, group // parts * num_rows),
                 rows=slice(first_row, first_row + heads * group * num_rows),
                 noisy_keys=slice(first_noisy, first_noisy + heads * chunk.num_noisy_rows),
+                heads=_of_sequences(chunk, num_kv_heads),
             )
         )
     return _Calls(plan, sorted(calls, key=lambda call: -call.chunk.stop))
+
+
+def _of_sequences(chunk: Chunk, num_heads: int) -> slice | Tensor:
+    """Of heads [B * num_heads], those of the chunk's sequences."""
+    if chunk.run is not None:
+        return slice(chunk.run.start * num_heads, chunk.run.stop * num_heads)
+    return (chunk.sequences[:, None] * num_heads + torch.arange(num_heads)).flatten()
 
 
 def _additive(allowed: Tensor, joined: int, num_folded: int, dtype: torch.dtype) -> Tensor:
@@ -171,15 +181,15 @@ class _ChunkedAttention(torch.autograd.Function):
         all_calls = _calls(layout, num_sequences, chunk_rows, joined_prefix, *shape, kernel, torch.get_num_threads())
         plan = all_calls.plan
         rows = plan.queries.gather(query)
-        keys, values = _Keys(plan, key), _Keys(plan, value)
+        keys = _Keys(plan, key, value)
         outs: list[Tensor] = []
         log_sums_exp: list[Tensor] = []
         for call in all_calls.calls:
             of_chunk = rows[call.rows].view(*call.fold, dim)
-            out, log_sum_exp = kernel.forward(of_chunk, keys.own(call), values.own(call), call.mask, scale)
+            out, log_sum_exp = kernel.forward(of_chunk, *keys.own(call), call.mask, scale)
             if call.first_key > call.chunk.document_start:
-                prefix = keys.prefix(call), values.prefix(call)
-                out, log_sum_exp = _merge(out, log_sum_exp, *kernel.forward(of_chunk, *prefix, None, scale))
+                of_prefix = kernel.forward(of_chunk, *keys.prefix(call), None, scale)
+                out, log_sum_exp = _merge(out, log_sum_exp, *of_prefix)
             outs.append(out.reshape(-1, dim))
             log_sums_exp.append(log_sum_exp.flatten())
         out = plan.queries.scatter(all_calls.in_order(outs), num_sequences, num_heads).permute(1, 2, 0, 3)
@@ -198,111 +208,118 @@ class _ChunkedAttention(torch.autograd.Function):
         num_sequences, num_heads, _, dim = query.shape
         rows, grad_out_rows = plan.queries.gather(query), plan.queries.gather(grad_out, zero_padding=True)
         result_rows = [plan.queries.gather(results[0]), results[1]] if results else []
-        keys, values = _Keys(plan, key), _Keys(plan, value)
-        grad_keys, grad_values = _KeyGradients(keys), _KeyGradients(values)
+        keys = _Keys(plan, key, value)
+        grad_keys = _KeyGradients(keys)
         grad_rows: list[Tensor] = []
         for call in all_calls.calls:
             grad, of_chunk = (x[call.rows].view(*call.fold, dim) for x in (grad_out_rows, rows))
             of_results = [x[call.rows].view(*call.fold, *x.shape[1:]) for x in result_rows] or [None, None]
-            own = keys.own(call), values.own(call)
-            of_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *own, *of_results, call.mask, scale)
+            of_rows, *of_keys = kernel.backward(grad, of_chunk, *keys.own(call), *of_results, call.mask, scale)
             grad_keys.add_own(call, of_keys)
-            grad_values.add_own(call, of_values)
             if call.first_key > call.chunk.document_start:
-                prefix = keys.prefix(call), values.prefix(call)
-                more_rows, of_keys, of_values = kernel.backward(grad, of_chunk, *prefix, *of_results, None, scale)
-                of_rows = of_rows + more_rows
+                more, *of_keys = kernel.backward(grad, of_chunk, *keys.prefix(call), *of_results, None, scale)
+                of_rows = of_rows + more
                 grad_keys.add_prefix(call, of_keys)
-                grad_values.add_prefix(call, of_values)
             grad_rows.append(of_rows.reshape(-1, dim))
         grad_query = plan.queries.scatter(all_calls.in_order(grad_rows), num_sequences, num_heads)
-        return grad_query.permute(1, 2, 0, 3), grad_keys.total(), grad_values.total(), None, None
+        return grad_query.permute(1, 2, 0, 3), *grad_keys.totals(), None, None
 
 
 class _Keys:
-    """Keys (or values) of all chunks, never repeated: a group's parts share them by a stride of 0.
+    """Keys and values of all chunks, never repeated: a group's parts share them by a stride of 0.
 
     A chunk's keys are clean tokens up to its end and its noisy rows. So that they stand in one piece without a copy of
     the clean ones, the noisy rows are written over the tokens behind them: calls go from the last tokens to the first,
     and those that follow need only tokens before their own end.
 
     Args:
-        x: [B, K, N + L, D].
+        key, value: [B, K, N + L, D].
     """
 
-    def __init__(self, plan: ChunkPlan, x: Tensor) -> None:
-        num_noisy = plan.noisy_keys.num_rows // len(x)
-        clean = x[:, :, num_noisy:]
-        num_sequences, self.num_heads, self.length, dim = clean.shape
+    def __init__(self, plan: ChunkPlan, key: Tensor, value: Tensor) -> None:
+        self.num_sequences, self.num_heads, num_rows, dim = key.shape
+        num_noisy = plan.noisy_keys.num_rows // self.num_sequences
         self.plan = plan
-        self.noisy = plan.noisy_keys.gather(x[:, :, :num_noisy], zero_padding=True)
+        self.length = num_rows - num_noisy
+        both = (key, value)
+        self.noisy = torch.stack([plan.noisy_keys.gather(x[:, :, :num_noisy], zero_padding=True) for x in both])
         room = max(chunk.num_noisy_rows for chunk in plan.chunks)
-        self.tokens = x.new_empty(num_sequences, self.num_heads, self.length + room, dim)
-        self.tokens[:, :, : self.length] = clean
+        tokens = key.new_empty(2, self.num_sequences, self.num_heads, self.length + room, dim)
+        for of_tensor, x in zip(tokens, both, strict=True):
+            of_tensor[:, :, : self.length] = x[:, :, num_noisy:]
+        self.tokens = tokens.flatten(1, 2)  # [2, B * K, L and more, D]
 
-    def own(self, call: _Call) -> Tensor:
-        """[n * K, P, own keys, D]: clean tokens from ``call.first_key``, then the chunk's noisy rows. Once per call."""
-        chunk, dim = call.chunk, self.tokens.shape[-1]
-        noisy = self.noisy[call.noisy_keys].view(chunk.num_sequences, self.num_heads, chunk.num_noisy_rows, dim)
-        if chunk.run is None:
-            clean = self.tokens[:, :, call.first_key : chunk.stop].index_select(0, chunk.sequences)
-            own = torch.cat([clean, noisy], dim=2)
-        else:
-            tokens, end = self.tokens[chunk.run], chunk.stop + chunk.num_noisy_rows
-            tokens[:, :, chunk.stop : end] = noisy
-            own = tokens[:, :, call.first_key : end]
-        return own.flatten(0, 1)[:, None].expand(-1, call.fold[1], -1, -1)
+    def own(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """Two of [n * K, P, own keys, D]: clean tokens from ``call.first_key``, then the chunk's noisy rows. Once for
+        each call."""
+        stop, num_noisy = call.chunk.stop, call.chunk.num_noisy_rows
+        noisy = self.noisy[:, call.noisy_keys].view(2, call.fold[0], num_noisy, self.tokens.shape[-1])
+        if isinstance(call.heads, Tensor):
+            return self._of_parts(torch.cat([self._clean(call, call.first_key, stop), noisy], dim=2), call)
+        self.tokens[:, call.heads, stop : stop + num_noisy] = noisy
+        return self._of_parts(self._clean(call, call.first_key, stop + num_noisy), call)
 
-    def prefix(self, call: _Call) -> Tensor:
-        """[n * K, P, start - document_start, D]"""
-        chunk = call.chunk
-        clean = self.tokens[:, :, chunk.document_start : chunk.start]
-        clean = clean.index_select(0, chunk.sequences) if chunk.run is None else clean[chunk.run]
-        return clean.flatten(0, 1)[:, None].expand(-1, call.fold[1], -1, -1)
+    def prefix(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """Two of [n * K, P, start - document_start, D]"""
+        return self._of_parts(self._clean(call, call.chunk.document_start, call.chunk.start), call)
+
+    def _clean(self, call: _Call, first: int, last: int) -> Tensor:
+        """[2, n * K, last - first, D]"""
+        return self.tokens[:, call.heads, first:last]
+
+    def _of_parts(self, both: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        keys, values = both[:, :, None].expand(-1, -1, call.fold[1], -1, -1).unbind()
+        return keys, values
 
 
 class _KeyGradients:
-    """Sums of what the chunks give to each key. A clean key collects a term from its own and every later chunk of its
-    document, at least in fp32; a noisy one has a term from its own chunk, in the dtype of the kernel."""
+    """Sums of what the chunks give to each key and value. A clean one collects a term from its own and every later
+    chunk of its document, at least in fp32; a noisy one has a term from its own chunk, in the dtype of the kernel."""
 
     def __init__(self, keys: _Keys) -> None:
-        self.plan = keys.plan
-        num_sequences, num_heads, _, dim = keys.tokens.shape
+        self.keys = keys
         dtype = sum_dtype(keys.tokens.dtype)
-        self.clean = torch.zeros(num_sequences, num_heads, keys.length, dim, dtype=dtype)
+        _, num_heads, _, dim = keys.tokens.shape
+        self.clean = torch.zeros(2, num_heads, keys.length, dim, dtype=dtype)
         self.noisy = torch.empty_like(keys.noisy)
 
-    def add_own(self, call: _Call, grad: Tensor) -> None:
-        """``grad`` [n * K, P, own keys, D]."""
-        total, chunk = self._over_parts(grad), call.chunk
-        num_clean = chunk.stop - call.first_key
-        if chunk.num_noisy_rows:
-            noisy = total[:, num_clean:]
-            self.noisy[call.noisy_keys].view(noisy.shape).copy_(noisy)
-        self._add(chunk, slice(call.first_key, chunk.stop), total[:, :num_clean])
+    def add_own(self, call: _Call, grads: list[Tensor]) -> None:
+        """``grads``: two of [n * K, P, own keys, D]."""
+        num_clean = call.chunk.stop - call.first_key
+        for clean, noisy, grad in zip(self.clean, self.noisy, grads, strict=True):
+            total = self._over_parts(grad)
+            if call.chunk.num_noisy_rows:
+                of_noisy = total[:, num_clean:]
+                noisy[call.noisy_keys].view(of_noisy.shape).copy_(of_noisy)
+            self._add(clean, call, slice(call.first_key, call.chunk.stop), total[:, :num_clean])
 
-    def add_prefix(self, call: _Call, grad: Tensor) -> None:
-        """``grad`` [n * K, P, start - document_start, D]."""
-        self._add(call.chunk, slice(call.chunk.document_start, call.chunk.start), self._over_parts(grad))
+    def add_prefix(self, call: _Call, grads: list[Tensor]) -> None:
+        """``grads``: two of [n * K, P, start - document_start, D]."""
+        tokens = slice(call.chunk.document_start, call.chunk.start)
+        for clean, grad in zip(self.clean, grads, strict=True):
+            self._add(clean, call, tokens, self._over_parts(grad))
 
-    def _add(self, chunk: Chunk, tokens: slice, total: Tensor) -> None:
-        total = total.unflatten(0, (chunk.num_sequences, -1))
-        clean = self.clean[:, :, tokens]
-        if chunk.run is None:
-            clean.index_add_(0, chunk.sequences, total.to(clean.dtype))
+    def _add(self, clean: Tensor, call: _Call, tokens: slice, total: Tensor) -> None:
+        """To [B * K, L, D]. (An assignment by ``+=`` would copy the sum onto itself.)"""
+        if isinstance(call.heads, Tensor):
+            clean[:, tokens].index_add_(0, call.heads, total.to(clean.dtype))
         else:
-            clean[chunk.run] += total
+            clean[call.heads, tokens].add_(total)
 
     def _over_parts(self, grad: Tensor) -> Tensor:
         """[n * K, P, keys, D] -> [n * K, keys, D]"""
         return grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1, dtype=self.clean.dtype)
 
-    def total(self) -> Tensor:
-        """[B, K, N + L, D] in Megatron's memory order."""
-        num_sequences, num_heads, length, dim = self.clean.shape
-        num_noisy = self.plan.noisy_keys.num_rows // num_sequences
-        total = self.noisy.new_empty(num_noisy + length, num_sequences, num_heads, dim)
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of keys and of values [B, K, N + L, D], each in Megatron's memory order."""
+        of_keys, of_values = map(self._total, self.clean, self.noisy)
+        return of_keys, of_values
+
+    def _total(self, clean: Tensor, noisy: Tensor) -> Tensor:
+        num_sequences, num_heads, length = self.keys.num_sequences, self.keys.num_heads, self.keys.length
+        num_noisy = self.keys.plan.noisy_keys.num_rows // num_sequences
+        total = noisy.new_empty(num_noisy + length, num_sequences, num_heads, noisy.shape[-1])
         if num_noisy:
-            total[:num_noisy] = self.plan.noisy_keys.scatter(self.noisy, num_sequences, num_heads)
-        total[num_noisy:] = self.clean.permute(2, 0, 1, 3)
+            total[:num_noisy] = self.keys.plan.noisy_keys.scatter(noisy, num_sequences, num_heads)
+        total[num_noisy:] = clean.unflatten(0, (num_sequences, num_heads)).permute(2, 0, 1, 3)
         return total.permute(1, 2, 0, 3)

@@ -261,7 +261,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         reduces_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compute_dtype = sum_dtype(hidden.dtype)
-        num_rows = hidden.shape[0]
+        num_rows = len(targets)
         num_local = weight.shape[0]
         row_losses = torch.empty(num_rows, dtype=compute_dtype, device=hidden.device)
         is_correct = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
@@ -275,12 +275,17 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         local_targets = targets - first_vocab_id
         is_local = (local_targets >= 0) & (local_targets < num_local)
         local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-        chunk: Tensor | None = None
-        for rows in _equal_chunks(num_rows, chunk_rows(hidden.dtype, hidden.device, num_local)):
-            chunk = None  # its memory is free for the next one
-            chunk = times_transposed(hidden[rows], weight)
+        chunk = of_rows = hidden[:0]
+        # Rows of padding are multiplied with the others, since products want them, and that is all.
+        for all_rows in _equal_chunks(len(hidden), chunk_rows(hidden.dtype, hidden.device, num_local)):
+            rows = slice(all_rows.start, min(all_rows.stop, num_rows))
+            if rows.stop <= rows.start:
+                break
+            chunk = of_rows = hidden[:0]  # what they hold is free for the next one
+            chunk = times_transposed(hidden[all_rows], weight)
+            of_rows = chunk[: rows.stop - rows.start]
             _cross_entropy_in_place(
-                chunk,
+                of_rows,
                 local_targets[rows],
                 is_local[rows],
                 weights[rows],
@@ -290,10 +295,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 needs_grad=needs_grad,
             )
             if grad_hidden is not None:
-                grad_hidden[rows] = times_transposed(chunk, weight.t())
+                times_transposed(chunk, weight.t(), out=grad_hidden[all_rows])
                 if grad_weight is not None:
-                    _add_weight_gradient(grad_weight, chunk, hidden[rows], is_rounded_again=in_main_grad is None)
+                    _add_weight_gradient(grad_weight, of_rows, hidden[rows], is_rounded_again=in_main_grad is None)
         if grad_hidden is not None:
+            grad_hidden[num_rows:] = 0.0
             if group is not None and reduces_grad:
                 dist.all_reduce(grad_hidden, group=group)
             ctx.save_for_backward(grad_hidden, None if in_main_grad is not None else grad_weight)
@@ -335,7 +341,7 @@ def fused_linear_cross_entropy(
     used. Otherwise backward returns the gradient as usual, in the dtype of ``weight``.
 
     Args:
-        hidden: [R, H].
+        hidden: [R, H], or more: rows behind those with a target have no loss and a gradient of 0.
         weight: [V/tp, H], the rows ``first_vocab_id`` ... of the head.
         targets: int64 [R], ids of the whole vocabulary.
         weights: [R], factor of each row; known before the forward, so gradients are formed in it.
@@ -380,8 +386,8 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         """Loss of the selected rows, or all logits.
 
         Args:
-            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`); for logits [S, B, H]. With sequence
-                parallelism this rank's share of the rows, those of :func:`padded_to_shares` for a loss.
+            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`), or more, as :func:`padded_to_shares`
+                gives them; for logits [S, B, H]. With sequence parallelism this rank's share of the rows.
             selected: the rows that enter the loss; None asks for logits.
 
         Returns:
@@ -396,7 +402,6 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         if self.sequence_parallel:
             # Its backward sums the ranks' parts of the gradient and gives each the rows of its share.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-            hidden = hidden[: len(selected.rows)]
         return fused_linear_cross_entropy(
             hidden.squeeze(1),
             self.weight,

@@ -34,17 +34,22 @@ def fp32_products() -> str:
     return f"oneDNN (multiples of {ROW_UNIT} rows), torch" if has_fast_onednn() else "torch"
 
 
+def fast_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """A product of a multiple of so many rows is the faster one."""
+    return ROW_UNIT if dtype is torch.float32 and device.type == "cpu" and has_fast_onednn() else 1
+
+
 def _takes_onednn(x: Tensor) -> bool:
     """Of the rows of a product, [rows, any]."""
-    return x.dtype is torch.float32 and x.device.type == "cpu" and len(x) % ROW_UNIT == 0 and has_fast_onednn()
+    return fast_rows(x.dtype, x.device) > 1 and len(x) % ROW_UNIT == 0
 
 
-def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, K] @ weight.T, of weight [N, K] with any strides: [rows, N]."""
+def times_transposed(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [rows, K] @ weight.T, of weight [N, K] with any strides: [rows, N], written to ``out`` if that is given."""
     if not _takes_onednn(x):
-        return torch.mm(x, weight.t())
+        return torch.mm(x, weight.t(), out=out)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return product
+    return product if out is None else out.copy_(product)
 
 
 class _Linear(torch.autograd.Function):

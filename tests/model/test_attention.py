@@ -454,17 +454,21 @@ def test_noisy_rows_may_all_be_padding():
 
 
 def test_chunks_cover_what_they_should():
-    """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows."""
+    """Neither a document that began before a chunk nor a block goes on over its end, and it has at most 160 rows: whole
+    units of clean tokens, but where that end lies or a block forbids it."""
     layout = table_layout(32, [[300, 68]], [[range(96, 140), range(300, 332)]])
     chunks = plan_module.chunk_plan(layout, 1, 160).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop, chunk.num_noisy_rows) for chunk in chunks] == [
-        (0, 0, 96, 0), (0, 96, 212, 44), (0, 212, 300, 0), (300, 300, 368, 32),
+        (0, 0, 96, 0), (0, 96, 192, 44), (0, 192, 300, 0), (300, 300, 368, 32),
     ]  # fmt: skip
     layout = table_layout(32, [[100, 200]], [blocks_of([100, 200], 32)])
     chunks = plan_module.chunk_plan(layout, 1, 256).chunks
     assert [(chunk.document_start, chunk.start, chunk.stop) for chunk in chunks] == [
         (0, 0, 100), (100, 100, 228), (100, 228, 300),
     ]  # fmt: skip
+    layout = table_layout(48, [[512]], [[range(48, 96)]])
+    chunks = plan_module.chunk_plan(layout, 1, 90).chunks
+    assert [(chunk.start, chunk.stop) for chunk in chunks][:3] == [(0, 48), (48, 96), (96, 160)]
 
 
 def chunks_of(layout: SequenceLayout, chunk_rows: int) -> list[tuple[list[int], int, int, int]]:
@@ -487,7 +491,7 @@ def test_sequences_of_the_same_documents_have_the_same_chunks():
     assert chunks_of(layout, 100) == [([0, 1, 2], 0, 64, 16)]
     # Other documents: ends of their own.
     layout = table_layout(16, [[64], [40, 24], [64]], [[range(16)]] * 3)
-    assert chunks_of(layout, 50) == [([0, 1, 2], 0, 34, 16), ([0, 2], 34, 64, 0), ([1], 34, 40, 0),
+    assert chunks_of(layout, 50) == [([0, 1, 2], 0, 32, 16), ([0, 2], 32, 64, 0), ([1], 32, 40, 0),
                                      ([1], 40, 64, 0)]  # fmt: skip
 
 
@@ -501,7 +505,7 @@ def test_chunks_taken_together_may_differ(kv_heads: int, kernel: Kernel, monkeyp
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48), range(80, 96)]])
     plan = plan_module.chunk_plan(layout, 3, 80)
     assert [chunk.sequences.tolist() for chunk in plan.chunks] == [[0, 1, 2]] * len(plan.chunks)
-    assert [len(allowed) for allowed in plan.allowed] == [3] * len(plan.chunks)
+    assert [len(allowed) for allowed in plan.allowed] == [3, 3, 1]  # the last has no block in any of them
     assert plan.queries.is_padding is not None
     assert plan.queries.is_padding.any()
     dtype = torch.bfloat16 if kernel is PRODUCTS else torch.float64

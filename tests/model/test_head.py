@@ -67,6 +67,48 @@ def test_fused_equals_naive_in_float64(monkeypatch: pytest.MonkeyPatch, rows: in
         torch.testing.assert_close(gradient, argument.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("has_main_grad", [False, True])
+@pytest.mark.parametrize("padding", [1, 3, 20])  # in the last chunk; the whole of one; and of two
+def test_rows_of_padding_have_no_loss_and_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, padding: int, has_main_grad: bool
+) -> None:
+    set_rows(monkeypatch, 8, 3)
+    hidden, weight, targets, weights = inputs(21, 37, 12, torch.float64)
+    loss, row_losses = naive(hidden, weight, targets, weights)
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    padded = torch.cat([hidden.detach(), torch.full((padding, 12), 1e3, dtype=torch.float64)]).requires_grad_()
+    buffer = give_main_grad(weight, torch.float64) if has_main_grad else None
+    found, found_rows, is_correct = fused_linear_cross_entropy(padded, weight, targets, weights)
+    found.backward()
+    assert found_rows.shape == is_correct.shape == (21,)
+    torch.testing.assert_close(found, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found_rows, row_losses.detach(), rtol=1e-12, atol=1e-12)
+    assert padded.grad is not None
+    assert not padded.grad[21:].any()
+    torch.testing.assert_close(padded.grad[:21], expected[0], rtol=1e-12, atol=1e-12)
+    of_weight = weight.grad if buffer is None else buffer - 0.5
+    torch.testing.assert_close(of_weight, expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "usual", "sizes"),
+    [
+        (2048, 1024, [1024, 1024]),
+        (1331, 1024, [1331]),  # 0.3 of a chunk has none of its own
+        (1332, 1024, [672, 660]),
+        (1152, 512, [576, 576]),
+        (1185, 512, [416, 416, 353]),
+        (1000, 333, [334, 334, 332]),  # no multiple was asked for
+        (5, 1, [1] * 5),
+        (0, 512, []),
+    ],
+)
+def test_chunks_are_nearly_equal_and_share_what_is_left_over(rows: int, usual: int, sizes: list[int]) -> None:
+    chunks = head._equal_chunks(rows, usual)
+    assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+    assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_do_not_depend_on_the_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Bit for bit: rows have nothing to do with each other, and the matrix products are of a chunk in any case."""

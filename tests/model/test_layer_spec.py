@@ -127,6 +127,27 @@ def padded_step(topology: Topology, platform: Platform, parallel: ParallelConfig
         build.row_multiple_of = before
 
 
+def step_for_products(topology: Topology, platform: Platform, parallel: ParallelConfig) -> dict[str, Tensor]:
+    """:func:`joint_step` with rows in a multiple that products on some processors are fast for."""
+    before = build.fast_rows
+    build.fast_rows = lambda dtype, device: 24
+    try:
+        return joint_step(topology, platform, True, parallel)
+    finally:
+        build.fast_rows = before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_padded_for_products_change_nothing(one_rank: RankPool, two_ranks: RankPool, ranks: int) -> None:
+    expected = one_rank.run(joint_step, True, ParallelConfig())
+    parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
+    found = (one_rank if ranks == 1 else two_ranks).run(step_for_products, parallel, parallel=parallel)
+    counts = expected.pop("mlp rows").tolist()
+    # With sequence parallelism each rank has a share of a multiple of 24.
+    assert found.pop("mlp rows").tolist() == [-(-count // (24 * ranks)) * 24 for count in counts]
+    same(found, expected)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_rows_padded_for_fp8_change_nothing(one_rank: RankPool, two_ranks: RankPool, ranks: int) -> None:
     """One rank takes 16 rows at a time; with sequence parallelism each of two has a share of 32."""
