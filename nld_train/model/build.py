@@ -24,7 +24,7 @@ from nld_train.config.schema import (
     Recompute,
 )
 from nld_train.model.embedding import TokenEmbedding
-from nld_train.model.head import LossHead, WeightedRows, padded_to_shares
+from nld_train.model.head import LossHead, WeightedRows, padded_to_multiple
 from nld_train.model.layer_spec import DecoderAttention, DecoderRows, LocalModules, decoder_layer_spec, decoder_spec
 from nld_train.model.linear import fast_rows
 from nld_train.model.pointwise import DecoderConfig, compiles_pointwise
@@ -212,7 +212,7 @@ class NLDModel(GPTModel):
             rows = selected.rows
             multiple = math.lcm(row_multiple_of(self.config), fast_rows(self.config.params_dtype, rows.device))
             if multiple > 1:
-                rows = padded_to_shares(rows, multiple)
+                rows = padded_to_multiple(rows, multiple)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, attention_bias=DecoderRows(layout=layout, selected=rows)
         )

@@ -38,13 +38,14 @@ def chunk_rows(dtype: torch.dtype, device: torch.device, num_local: int = 1) -> 
     gradient once. In half precision 1024 rows take the memory of 512 in fp32; on CUDA it is twice that.
 
     Args:
-        num_local: V/tp. On the CPU a chunk in fp32 has at most 128 MiB, fewer rows of more than 65536 logits, so that
-            the head holds a third of what full logits would.
+        num_local: V/tp. On the CPU a chunk in fp32 usually has 128 MiB at most, fewer rows of more than 65536 logits,
+            so that the head holds a third of what full logits would.
     """
     if dtype.itemsize == 2:
         return _HALF_CHUNK_ROWS[device.type]
     if device.type == "cpu":
-        return max(1, min(512, _CHUNK_BYTES // (num_local * dtype.itemsize)))
+        rows = min(512, _CHUNK_BYTES // (num_local * dtype.itemsize))
+        return rows // ROW_UNIT * ROW_UNIT if rows > ROW_UNIT else max(1, rows)
     return 512
 
 
@@ -106,10 +107,14 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
 
-def padded_to_shares(rows: Tensor, num_shares: int) -> Tensor:
-    """``rows`` (int64 [R]) lengthened by row 0 until each of ``num_shares`` ranks gets as many, at least one."""
-    per_share = max(1, -(-len(rows) // num_shares))
-    return torch.nn.functional.pad(rows, (0, per_share * num_shares - len(rows)))
+def padded_to_multiple(rows: Tensor, multiple: int) -> Tensor:
+    """``rows`` (int64 [R]) lengthened by the last of them to a multiple, at least one of it; by row 0 if there is none.
+
+    A row that enters the loss anyway: of another one a number that is not finite would be in the gradient alone.
+    """
+    missing = max(1, -(-len(rows) // multiple)) * multiple - len(rows)
+    last = rows[-1:] if len(rows) > 0 else rows.new_zeros(1)
+    return torch.cat([rows, last.expand(missing)])
 
 
 def _softmax_in_place(logits: Tensor, local_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +391,7 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         """Loss of the selected rows, or all logits.
 
         Args:
-            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`), or more, as :func:`padded_to_shares`
+            hidden: [R, 1, H], the selected rows alone (see :func:`gather_rows`), or more, as :func:`padded_to_multiple`
                 gives them; for logits [S, B, H]. With sequence parallelism this rank's share of the rows.
             selected: the rows that enter the loss; None asks for logits.
 

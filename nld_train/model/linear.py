@@ -17,13 +17,14 @@ from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 from nld_train.platform.cpu import cpu_info
 
 ROW_UNIT = 32
-"""oneDNN makes code for each number of rows, some 4 ms for a matrix: it gets multiples of this alone. Whole blocks of
-noisy rows come to them, so that a run has seen all after a few steps."""
+"""oneDNN makes code for each number of rows, some 4 ms for a matrix: it gets multiples of this alone, of which a run
+soon has seen all that occur. Whole blocks of noisy rows come to them; the last layer's rows are padded."""
 
 
 @cache
 def has_fast_onednn() -> bool:
-    """oneDNN multiplies fp32 faster than MKL: on AMD's processors with AVX-512, where MKL does without it."""
+    """oneDNN multiplies fp32 faster than MKL: on AMD's processors with AVX-512, where MKL does without it. (Asked once:
+    ``torch.backends.mkldnn.flags`` changes nothing later.)"""
     info = cpu_info()
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return is_there and info.vendor == "AuthenticAMD" and "avx512f" in info.flags

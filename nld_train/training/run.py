@@ -286,7 +286,8 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     products = {}
     if not platform.is_cuda:
         products = {"matrix products": fp32_products() if precision is Precision.fp32 else "torch"}
-        gradients = "the matrix product adds to the sum" if precision is Precision.fp32 else gradients
+        if precision is Precision.fp32 and config.parallel.tensor_model_parallel_size == 1:
+            gradients = "the matrix product adds to the sum"
     form = "compiled" if compiles_pointwise(shape.compile_pointwise, device) else "eager"
     installed = [
         f"{name} {library_version(package)}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_train.model.head as head
+import nld_train.model.linear as linear
 from nld_train.config.schema import ParallelConfig
 from nld_train.model.head import fused_linear_cross_entropy, gather_rows, select_weighted_rows
 from nld_train.objective.noise import NoiseSpec, corrupt
@@ -88,6 +89,26 @@ def test_rows_of_padding_have_no_loss_and_no_gradient(
     torch.testing.assert_close(padded.grad[:21], expected[0], rtol=1e-12, atol=1e-12)
     of_weight = weight.grad if buffer is None else buffer - 0.5
     torch.testing.assert_close(of_weight, expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("rows", [64, 70])
+def test_fp32_by_either_library(monkeypatch: pytest.MonkeyPatch, rows: int, by_onednn: bool) -> None:
+    """With rows of padding, as the last layer gives them."""
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(linear, "has_fast_onednn", lambda: by_onednn)
+    set_rows(monkeypatch, 32, 3)
+    hidden, weight, targets, weights = inputs(rows, 37, 12, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(naive(*exact, targets, weights)[0], exact)
+    padded = torch.cat([hidden.detach(), hidden.detach()[: 96 - rows]]).requires_grad_()
+    buffer = give_main_grad(weight, torch.float32)
+    fused_linear_cross_entropy(padded, weight, targets, weights)[0].backward()
+    assert padded.grad is not None
+    for found, wanted in ((padded.grad[:rows], expected[0]), (buffer - 0.5, expected[1])):
+        assert (found.double() - wanted).norm() < 1e-6 * wanted.norm()
+    assert not padded.grad[rows:].any()
 
 
 @pytest.mark.parametrize(
@@ -442,4 +463,13 @@ def test_a_row_whose_loss_is_not_finite_tells_both_ranks(two_ranks: RankPool) ->
 def test_fp32_takes_fewer_rows_of_a_large_vocabulary_on_the_cpu() -> None:
     cpu = torch.device("cpu")
     assert [head.chunk_rows(torch.float32, cpu, size) for size in (8192, 65536, 131072, 1 << 40)] == [512, 512, 256, 1]
+    # Whole units of rows, as products want them.
+    assert [head.chunk_rows(torch.float32, cpu, size) for size in (100352, 128256, 151936)] == [320, 256, 192]
     assert head.chunk_rows(torch.bfloat16, cpu, 131072) == head.chunk_rows(torch.bfloat16, cpu)
+
+
+def test_padding_repeats_a_row_that_enters_the_loss_anyway() -> None:
+    rows = torch.tensor([3, 5, 9])
+    assert head.padded_to_multiple(rows, 4).tolist() == [3, 5, 9, 9]
+    assert head.padded_to_multiple(rows, 3).tolist() == [3, 5, 9]
+    assert head.padded_to_multiple(rows[:0], 2).tolist() == [0, 0]

@@ -143,8 +143,7 @@ def test_rows_padded_for_products_change_nothing(one_rank: RankPool, two_ranks: 
     parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
     found = (one_rank if ranks == 1 else two_ranks).run(step_for_products, parallel, parallel=parallel)
     counts = expected.pop("mlp rows").tolist()
-    # With sequence parallelism each rank has a share of a multiple of 24.
-    assert found.pop("mlp rows").tolist() == [-(-count // (24 * ranks)) * 24 for count in counts]
+    assert found.pop("mlp rows").tolist() == [-(-count // 24) * 24 // ranks for count in counts]
     same(found, expected)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from nld_train.config.schema import ParallelConfig
 from nld_train.model import linear
 from nld_train.model.build import build_model
-from nld_train.model.layer_spec import LocalModules
 from nld_train.platform.cpu import CPUInfo
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
@@ -63,6 +62,25 @@ def test_values_and_gradients(
     ):
         assert found.shape == exact.shape
         assert error(found.detach(), exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [0, 32, 40, 64])
+def test_a_product_is_written_where_it_is_wanted(rows: int, fast_onednn: bool) -> None:
+    """Of a weight as it is and transposed, and of rows that do not stand together."""
+    weight = drawn(OUT, IN, seed=2).float()
+    for x, w in (
+        (drawn(rows, IN, seed=1).float(), weight),
+        (drawn(rows, OUT, seed=1).float(), weight.t()),
+        (drawn(IN, rows, seed=1).float().t(), weight),
+    ):
+        out = torch.full((rows + 2, len(w)), 7.0)
+        returned = linear.times_transposed(x, w, out=out[1:-1])
+        exact = x.double() @ w.double().t()
+        torch.testing.assert_close(linear.times_transposed(x, w).double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[1:-1].double(), exact, rtol=1e-5, atol=1e-5)
+        assert returned.data_ptr() == out[1:-1].data_ptr()
+        assert out[0].eq(7).all()
+        assert out[-1].eq(7).all()
 
 
 def test_a_half_precision_gradient_is_what_megatron_adds() -> None:
@@ -131,6 +149,7 @@ def layers_of(topology: Topology, platform: Platform, parallel: ParallelConfig) 
     attention, mlp = layer.self_attention, layer.mlp
     found = []
     for part in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+        assert part.bias is None  # with one Megatron's own product would be taken
         out, _ = part(torch.zeros(4, 1, part.weight.shape[1], dtype=torch.float64))
         nodes, seen = [out.grad_fn], set()
         while nodes:
@@ -147,10 +166,3 @@ def test_layers_in_which_ranks_exchange_nothing_are_ours(one_rank: RankPool, two
     assert one_rank.run(layers_of, ParallelConfig()) == [True] * 4
     # A column-parallel layer sums the gradient of its input over the ranks.
     assert two_ranks.run(layers_of, parallel, parallel=parallel) == [False, True, False, True]
-
-
-def test_the_layers_of_the_local_spec_have_no_bias() -> None:
-    """With one Megatron's own product would be taken."""
-    modules = LocalModules()
-    assert modules.column_parallel_linear() is linear.ColumnParallelLinear
-    assert modules.row_parallel_linear() is linear.RowParallelLinear
