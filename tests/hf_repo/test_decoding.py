@@ -439,7 +439,10 @@ def test_sampling_follows_the_seed(make_model):
 
 
 def chi_square_of_sampling(model, method, num_samples, block_length, **sampling):
-    """(statistic, its 1e-4 quantile under AR's own distribution) of 3 sampled tokens."""
+    """(statistic, its 1e-4 quantile under AR's own distribution) of 3 sampled tokens.
+
+    The statistic is infinite if AR cannot give what was found.
+    """
     prompt = torch.tensor([[0, 3, 1]])
     ids = [i for i in range(model.config.vocab_size) if i != model.config.mask_token_id]
 
@@ -464,7 +467,7 @@ def chi_square_of_sampling(model, method, num_samples, block_length, **sampling)
     for _ in range(num_samples):
         output_ids, _ = getattr(model, method)(prompt, 3, block_length, **sampling)
         counts[tuple(output_ids[0, 3:].tolist())] += 1
-    assert not any(counts[triple] for triple, chance in expected.items() if chance == 0)
+    is_possible = not any(counts[triple] for triple, chance in expected.items() if chance == 0)
     # Rare outcomes are pooled, so that each cell expects at least 5.
     cells = [(counts[t], num_samples * chance) for t, chance in expected.items() if num_samples * chance >= 5]
     pooled = num_samples - sum(c for c, _ in cells), num_samples - sum(e for _, e in cells)
@@ -473,7 +476,7 @@ def chi_square_of_sampling(model, method, num_samples, block_length, **sampling)
     statistic = sum((count - expectation) ** 2 / expectation for count, expectation in cells)
     freedom = len(cells) - 1
     quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
-    return statistic, quantile
+    return (statistic if is_possible else math.inf), quantile
 
 
 def transformers_processors(temperature, top_k=None, top_p=None, repetition_penalty=1.0):
@@ -554,6 +557,7 @@ def test_speculative_sampling_has_the_distribution_of_ar(make_model, monkeypatch
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # three times 20000 runs
 @pytest.mark.parametrize(("method", "sampling"), CHI_SQUARE_CASES)
 def test_20000_speculative_samples_have_the_distribution_of_ar(make_model, monkeypatch, method, sampling):
     check_sampling(make_model, monkeypatch, 20_000, method, sampling, keep_every_draft, draw_again_from_the_target)
