@@ -280,7 +280,6 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         local_targets = targets - first_vocab_id
         is_local = (local_targets >= 0) & (local_targets < num_local)
         local_targets = torch.where(is_local, local_targets, 0).unsqueeze(1)
-        chunk = of_rows = hidden[:0]
         # Rows of padding are multiplied with the others, since products want them, and that is all.
         for all_rows in _equal_chunks(len(hidden), chunk_rows(hidden.dtype, hidden.device, num_local)):
             rows = slice(all_rows.start, min(all_rows.stop, num_rows))

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_train.model.head as head
-import nld_train.model.linear as linear
 from nld_train.config.schema import ParallelConfig
 from nld_train.model.head import fused_linear_cross_entropy, gather_rows, select_weighted_rows
 from nld_train.objective.noise import NoiseSpec, corrupt
@@ -91,13 +90,10 @@ def test_rows_of_padding_have_no_loss_and_no_gradient(
     torch.testing.assert_close(of_weight, expected[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.usefixtures("fast_onednn")
 @pytest.mark.parametrize("rows", [64, 70])
-def test_fp32_by_either_library(monkeypatch: pytest.MonkeyPatch, rows: int, by_onednn: bool) -> None:
+def test_fp32_by_either_library(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """With rows of padding, as the last layer gives them."""
-    if by_onednn and not torch.backends.mkldnn.is_available():
-        pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(linear, "has_fast_onednn", lambda: by_onednn)
     set_rows(monkeypatch, 32, 3)
     hidden, weight, targets, weights = inputs(rows, 37, 12, torch.float32)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]

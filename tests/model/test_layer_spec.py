@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -117,45 +118,30 @@ def test_two_tensor_parallel_ranks_prune_alike(
     same(found, expected)
 
 
-def padded_step(topology: Topology, platform: Platform, parallel: ParallelConfig) -> dict[str, Tensor]:
-    """:func:`joint_step` with rows in the multiples that FP8 products take, though in float64."""
-    before = build.row_multiple_of
-    build.row_multiple_of = lambda config: row_multiple(parallel, Precision.fp8)
-    try:
+def padded_step(
+    topology: Topology, platform: Platform, parallel: ParallelConfig, function: str, multiple: int
+) -> dict[str, Tensor]:
+    """:func:`joint_step` with rows in multiples of so many, since this function of ``model.build`` says so."""
+    with patch.object(build, function, lambda *_: multiple):
         return joint_step(topology, platform, True, parallel)
-    finally:
-        build.row_multiple_of = before
-
-
-def step_for_products(topology: Topology, platform: Platform, parallel: ParallelConfig) -> dict[str, Tensor]:
-    """:func:`joint_step` with rows in a multiple that products on some processors are fast for."""
-    before = build.fast_rows
-    build.fast_rows = lambda dtype, device: 24
-    try:
-        return joint_step(topology, platform, True, parallel)
-    finally:
-        build.fast_rows = before
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_rows_padded_for_products_change_nothing(one_rank: RankPool, two_ranks: RankPool, ranks: int) -> None:
+@pytest.mark.parametrize("function", ["row_multiple_of", "fast_rows"])
+def test_rows_padded_for_products_change_nothing(
+    one_rank: RankPool, two_ranks: RankPool, function: str, ranks: int
+) -> None:
+    """FP8: one rank takes 16 rows at a time; with sequence parallelism each of two has a share of 32. Products that are
+    fast for 24 rows: of these together. (Both in float64 here.)"""
     expected = one_rank.run(joint_step, True, ParallelConfig())
     parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
-    found = (one_rank if ranks == 1 else two_ranks).run(step_for_products, parallel, parallel=parallel)
-    counts = expected.pop("mlp rows").tolist()
-    assert found.pop("mlp rows").tolist() == [-(-count // 24) * 24 // ranks for count in counts]
-    same(found, expected)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_rows_padded_for_fp8_change_nothing(one_rank: RankPool, two_ranks: RankPool, ranks: int) -> None:
-    """One rank takes 16 rows at a time; with sequence parallelism each of two has a share of 32."""
-    expected = one_rank.run(joint_step, True, ParallelConfig())
-    parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
-    found = (one_rank if ranks == 1 else two_ranks).run(padded_step, parallel, parallel=parallel)
+    multiple = row_multiple(parallel, Precision.fp8) if function == "row_multiple_of" else 24
+    pool = one_rank if ranks == 1 else two_ranks
+    found = pool.run(padded_step, parallel, function, multiple, parallel=parallel)
     counts = expected.pop("mlp rows").tolist()
     assert any(count % 16 for count in counts)
-    assert found.pop("mlp rows").tolist() == [-(-count // (16 * ranks)) * 16 for count in counts]
+    assert multiple == (24 if function == "fast_rows" else 16 * ranks)
+    assert found.pop("mlp rows").tolist() == [-(-count // multiple) * multiple // ranks for count in counts]
     same(found, expected)
 
 

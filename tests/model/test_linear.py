@@ -17,14 +17,6 @@ IN, OUT = 24, 40
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "oneDNN"])
-def fast_onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param and not torch.backends.mkldnn.is_available():
-        pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(linear, "has_fast_onednn", lambda: request.param)
-    return bool(request.param)
-
-
 def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
