@@ -78,12 +78,17 @@ def multiple_of(value: int, unit: int) -> int:
     return max(1, (2 * value + unit) // (2 * unit)) * unit
 
 
+def cxx_compiler() -> str:
+    """The C++ compiler as torch's compiler finds it: $CXX, or else g++ (clang++ on macOS)."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def missing_for_compilation() -> tuple[str, str] | None:
     """What torch's compiler lacks on this machine to make code for the CPU, and the remedy; None: nothing.
 
-    It runs $CXX, or else g++ (clang++ on macOS), and the code includes Python.h.
+    It runs :func:`cxx_compiler`, and the code includes Python.h.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = cxx_compiler()
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler!r}", "install one, or name it in the environment variable CXX"
     headers = Path(sysconfig.get_paths()["include"])

@@ -39,12 +39,15 @@ class Device(Enum):
 class AttentionBackend(Enum):
     """How the block-masked attention is computed (all give the same values).
 
-    ``dense`` materialises the mask (reference), ``chunked`` computes only what the mask keeps (CPU), ``flex`` is
-    torch's flex_attention (GPU). ``auto``: flex on CUDA, chunked on the CPU.
+    ``dense`` materialises the mask (reference). On the CPU ``native`` and ``chunked`` compute only what the mask keeps:
+    a kernel of the project's own, which is compiled when first used and needs a C++ compiler, or torch's kernel on
+    parts of the rows. ``flex`` is torch's flex_attention (GPU). ``auto``: flex on CUDA; on the CPU native, or chunked
+    where nothing compiles.
     """
 
     auto = "auto"
     dense = "dense"
+    native = "native"
     chunked = "chunked"
     flex = "flex"
 
@@ -178,7 +181,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5  # added to the mean square
     initializer_range: float = 0.02  # standard deviation of random weights
     rope: RopeConfig = field(default_factory=RopeConfig)
-    attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU, chunked on the CPU
+    attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU; on a CPU native, or chunked without a compiler
     compile_pointwise: CompilePointwise = CompilePointwise.auto  # norm, SwiGLU, rotary; always: on the CPU, too
     layer_spec: LayerSpec = LayerSpec.local  # transformer_engine: its kernels, on a GPU; not yet measured there
 

@@ -1,7 +1,7 @@
 """Block-masked attention: one Megatron core attention, several backends that give the same values.
 
-``dense`` is torch's scaled_dot_product_attention under the whole mask. ``chunked`` (CPU) computes only what the mask
-keeps. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and torch has a kernel for it. A
+``dense`` is torch's scaled_dot_product_attention under the whole mask. ``native`` and ``chunked`` (CPU) compute only what
+the mask keeps, by a kernel of the project's own or by torch's. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and torch has a kernel for it. A
 layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence; so has a
 context-parallel rank's shard, whose rows attend to clean tokens of all ranks.
 
@@ -29,6 +29,8 @@ from nld_train.config.schema import AttentionBackend
 from nld_train.errors import ConfigError, Problem
 from nld_train.model.chunked_attention import chunked_attention
 from nld_train.model.context_parallel import gather_keys
+from nld_train.model.native_attention import DTYPES as NATIVE_DTYPES
+from nld_train.model.native_attention import missing_for_native, native_attention
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask, flex_block_mask
 from nld_train.objective.sequence import SequenceLayout
@@ -42,9 +44,13 @@ def resolve_backend(backend: AttentionBackend, device: torch.device) -> Attentio
     """
     on_cuda = device.type == "cuda"
     if backend is AttentionBackend.auto:
-        return AttentionBackend.flex if on_cuda else AttentionBackend.chunked
-    if backend is AttentionBackend.chunked and on_cuda:
+        if on_cuda:
+            return AttentionBackend.flex
+        return AttentionBackend.native if missing_for_native() is None else AttentionBackend.chunked
+    if backend in (AttentionBackend.native, AttentionBackend.chunked) and on_cuda:
         reason = "is written for the CPU and the model is on a GPU"
+    elif backend is AttentionBackend.native and (missing := missing_for_native()) is not None:
+        reason = f"cannot be compiled here: {missing}"
     elif backend is AttentionBackend.flex and not on_cuda:
         reason = f"has no backward pass on {device.type}"
     else:
@@ -75,6 +81,10 @@ def joint_attention(
     """
     if backend is AttentionBackend.dense:
         return dense_attention(query, key, value, layout, softmax_scale)
+    if backend is AttentionBackend.native:
+        # Nothing but tests computes in float64.
+        of_dtype = native_attention if query.dtype in NATIVE_DTYPES else chunked_attention
+        return of_dtype(query, key, value, layout, softmax_scale)
     # In fp32 torch has no such kernel on a GPU for fewer key heads than query heads: it would write out all scores.
     is_fast = query.shape[1] == key.shape[1] or (backend is AttentionBackend.flex and query.dtype is not torch.float32)
     if layout.is_causal and is_fast:

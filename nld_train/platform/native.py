@@ -1,0 +1,90 @@
+"""C++ of the project, compiled for the machine that it runs on: once, and kept in the user's cache."""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from nld_train.config.rules import cxx_compiler
+from nld_train.platform.cpu import cpu_info
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+
+
+class NativeError(Exception):
+    """What cannot be compiled or loaded here, and why."""
+
+
+@cache
+def native_library(source: Path) -> ctypes.CDLL:
+    """The library of one C++ file without headers of others.
+
+    Compiled when first used on this machine (some 5 seconds) and kept in ``$XDG_CACHE_HOME/nld_train`` (or
+    ``~/.cache``; where that cannot be written, in a folder of temporary files) by what it depends on: text, compiler,
+    flags, processor and torch. Processes that start together wait for the first one.
+
+    Raises:
+        NativeError: there is no compiler, it fails, or torch brings no OpenMP library, whose threads are to be shared.
+    """
+    compiler = cxx_compiler()
+    program = shutil.which(compiler)
+    if program is None:
+        raise NativeError(f"there is no C++ compiler {compiler!r}")
+    openmp = _openmp_library()
+    version = _run([program, "--version"]).splitlines()[0]
+    text = source.read_bytes()
+    machine = [version, *_FLAGS, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
+    name = hashlib.sha256(b"\0".join([text, *map(str.encode, machine)])).hexdigest()[:24]
+    path = _cache_folder() / f"{source.stem}-{name}.so"
+    if not path.exists():
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                _run([program, *_FLAGS, str(source), "-o", str(temporary), str(openmp), f"-Wl,-rpath,{openmp.parent}"])
+                os.replace(temporary, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{path} cannot be loaded: {error}") from error
+
+
+def _openmp_library() -> Path:
+    """torch's own: with another beside it each would have threads of its own, and they would wait for the same cores."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if not found:
+        raise NativeError(f"torch {torch.__version__} brings no libgomp")
+    return found[0]
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nld_train"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"nld_train-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise NativeError(f"{folder} belongs to somebody else")
+    return folder
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        raise NativeError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-5:]
+        raise NativeError(f"{' '.join(command)} ended with {done.returncode}: " + "\n".join(last))
+    return done.stdout
