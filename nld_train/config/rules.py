@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from nld_train.config.schema import CompilePointwise, Config, StageConfig
+from nld_train.config.schema import AttentionBackend, CompilePointwise, Config, StageConfig
 from nld_train.errors import Problem
 
 
@@ -83,14 +83,20 @@ def cxx_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
+def missing_compiler() -> tuple[str, str] | None:
+    """That there is no C++ compiler on this machine, and the remedy; None: there is one."""
+    if shutil.which(compiler := cxx_compiler()) is None:
+        return f"there is no C++ compiler {compiler!r}", "install one, or name it in the environment variable CXX"
+    return None
+
+
 def missing_for_compilation() -> tuple[str, str] | None:
     """What torch's compiler lacks on this machine to make code for the CPU, and the remedy; None: nothing.
 
     It runs :func:`cxx_compiler`, and the code includes Python.h.
     """
-    compiler = cxx_compiler()
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler {compiler!r}", "install one, or name it in the environment variable CXX"
+    if missing := missing_compiler():
+        return missing
     headers = Path(sysconfig.get_paths()["include"])
     if not (headers / "Python.h").is_file():
         return f"{headers} holds no Python.h", "install this interpreter's headers (python3-dev)"
@@ -98,8 +104,12 @@ def missing_for_compilation() -> tuple[str, str] | None:
 
 
 def compilation_problems(config: Config) -> Iterable[Problem]:
-    """Of ``model.compile_pointwise`` on a CPU."""
+    """Of what is compiled on a CPU: ``model.compile_pointwise`` and ``model.attention_backend``."""
     key = "model.compile_pointwise"
     if config.model.compile_pointwise is CompilePointwise.always and (missing := missing_for_compilation()):
         what, remedy = missing
         yield Problem(key, f"always, but {what}", f"{remedy}, or use {key}=auto")
+    key = "model.attention_backend"
+    if config.model.attention_backend is AttentionBackend.native and (missing := missing_compiler()):
+        what, remedy = missing
+        yield Problem(key, f"native, but {what}", f"{remedy}, or use {key}=auto")

@@ -181,7 +181,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5  # added to the mean square
     initializer_range: float = 0.02  # standard deviation of random weights
     rope: RopeConfig = field(default_factory=RopeConfig)
-    attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex on a GPU; on a CPU native, or chunked without a compiler
+    attention_backend: AttentionBackend = AttentionBackend.auto  # auto: flex (GPU); native, or chunked (CPU)
     compile_pointwise: CompilePointwise = CompilePointwise.auto  # norm, SwiGLU, rotary; always: on the CPU, too
     layer_spec: LayerSpec = LayerSpec.local  # transformer_engine: its kernels, on a GPU; not yet measured there
 

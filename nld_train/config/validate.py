@@ -133,7 +133,7 @@ def _model(config: Config) -> Iterable[Problem]:
         yield Problem(
             "model.attention_backend",
             "flex has no backward pass on a CPU (train.device=cpu)",
-            "use model.attention_backend=chunked, or auto",
+            "use model.attention_backend=auto",
         )
     yield from _transformer_engine(config)
 

@@ -1,9 +1,10 @@
 """Block-masked attention: one Megatron core attention, several backends that give the same values.
 
-``dense`` is torch's scaled_dot_product_attention under the whole mask. ``native`` and ``chunked`` (CPU) compute only what
-the mask keeps, by a kernel of the project's own or by torch's. ``flex`` (CUDA) is flex_attention. Without a noisy half the mask is causal, and torch has a kernel for it. A
-layout with a table (documents, some of the blocks, two copies) has a mask of its own per sequence; so has a
-context-parallel rank's shard, whose rows attend to clean tokens of all ranks.
+``dense`` is torch's scaled_dot_product_attention under the whole mask. ``native`` and ``chunked`` (CPU) compute only
+what the mask keeps, by a kernel of the project's own or by torch's. ``flex`` (CUDA) is flex_attention. Without a noisy
+half the mask is causal, and torch has a kernel for it. A layout with a table (documents, some of the blocks, two
+copies) has a mask of its own per sequence; so has a context-parallel rank's shard, whose rows attend to clean tokens of
+all ranks.
 
 Dimensions: B sequences, S rows of the model's input (L, or 2L with a noisy half), L clean tokens, N noisy rows, H query
 heads, K key-value heads, G = H / K query heads per key-value head, D head dimension. There are N + L keys: the rows,

@@ -17,8 +17,8 @@ from nld_train.model.main_grad import added_to_main_grad, main_grad, sum_dtype
 from nld_train.platform.cpu import cpu_info
 
 ROW_UNIT = 32
-"""oneDNN makes code for each number of rows, some 4 ms for a matrix: in fp32 it gets multiples of this alone, of which a
-run soon has seen all that occur. Whole blocks of noisy rows come to them; the last layer's rows are padded."""
+"""oneDNN makes code for each number of rows, some 4 ms for a matrix: in fp32 it gets multiples of this alone, of which
+a run soon has seen all that occur. Whole blocks of noisy rows come to them; the last layer's rows are padded."""
 
 _HALF_ROW_UNIT = 8
 """Of rows in bf16, which oneDNN gets all: it takes a sixth longer over an odd number."""

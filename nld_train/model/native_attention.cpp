@@ -452,7 +452,7 @@ void pack_columns(const Pointers<T>& rows, int64_t dim, int64_t padded_dim, type
 // [rows / WIDTH, D] of a multiple of WIDTH rows: the sum will run over rows.
 template <class Op, class T>
 void pack_summed(const Pointers<T>& rows, int64_t dim, int64_t padded_dim, typename Op::Unit* to) {
-    static const std::vector<T> zeros(padded_dim);
+    const std::vector<T> zeros(dim);
     for (size_t row = 0; row < rows.size(); row += Op::WIDTH, to += padded_dim) {
         const T* a = rows[row] ? rows[row] : zeros.data();
         const T* b = rows[row + Op::WIDTH - 1] ? rows[row + Op::WIDTH - 1] : zeros.data();
@@ -652,7 +652,7 @@ class Backward {
                 for (int64_t d = 0; d < p_.dim; ++d) products_[row] += to_float(grad[row][d]) * to_float(out[row][d]);
         }
         std::fill(grad_query_, grad_query_ + num_rows * dim, 0.0f);
-        const int64_t summed_rows = int64_t(query.size()) / Op::WIDTH;
+        const int64_t summed_rows = (num_rows + Op::WIDTH - 1) / Op::WIDTH;
         for (const auto& batch : tile.batches) {
             for (const Piece& piece : batch) {
                 const int64_t columns = piece.key / PANEL * PANEL * units + piece.key % PANEL;
@@ -776,5 +776,6 @@ void nld_backward(const Problem* p) {
     p->is_bf16 ? backward<Bf16, HalfOperands>(*p, false) : backward<float, Singles>(*p, false);
 }
 
+// Whether operands in bf16 are multiplied as such.
 int nld_multiplies_bf16() { return HalfOperands::WIDTH > 1; }
 }

@@ -55,6 +55,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def arithmetic() -> str:
+    """Of what is multiplied in bf16, for those who read it."""
+    return "bf16 operands (AVX512-BF16)" if _library().nld_multiplies_bf16() else "fp32 operands"
+
+
 @cache
 def missing_for_native() -> str | None:
     """Why the kernel cannot be used here; None: it can. Compiles it."""

@@ -121,7 +121,7 @@ def check_layer_spec(config: Config, platform: Platform) -> None:
 
 
 def check_compiler(config: Config, platform: Platform) -> None:
-    """What ``model.compile_pointwise`` needs on a CPU is here.
+    """What ``model.compile_pointwise`` and ``model.attention_backend`` need on a CPU is here.
 
     Raises:
         ConfigError: it is not.

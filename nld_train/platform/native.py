@@ -15,7 +15,7 @@ import torch
 from nld_train.config.rules import cxx_compiler
 from nld_train.platform.cpu import cpu_info
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
 
 
 class NativeError(Exception):
@@ -23,32 +23,38 @@ class NativeError(Exception):
 
 
 @cache
-def native_library(source: Path) -> ctypes.CDLL:
-    """The library of one C++ file without headers of others.
+def native_library(source: Path, machine: str = "native") -> ctypes.CDLL:
+    """The library of one C++ file, which needs the standard library alone.
 
-    Compiled when first used on this machine (some 5 seconds) and kept in ``$XDG_CACHE_HOME/nld_train`` (or
+    Compiled when first used on this machine (3 seconds) and kept in ``$XDG_CACHE_HOME/nld_train`` (or
     ``~/.cache``; where that cannot be written, in a folder of temporary files) by what it depends on: text, compiler,
     flags, processor and torch. Processes that start together wait for the first one.
 
+    Args:
+        machine: the compiler's ``-march``.
+
     Raises:
-        NativeError: there is no compiler, it fails, or torch brings no OpenMP library, whose threads are to be shared.
+        NativeError: there is no compiler or none for torch's OpenMP library, whose threads are to be shared; it fails.
     """
     compiler = cxx_compiler()
     program = shutil.which(compiler)
     if program is None:
         raise NativeError(f"there is no C++ compiler {compiler!r}")
     openmp = _openmp_library()
-    version = _run([program, "--version"]).splitlines()[0]
-    text = source.read_bytes()
-    machine = [version, *_FLAGS, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
-    name = hashlib.sha256(b"\0".join([text, *map(str.encode, machine)])).hexdigest()[:24]
+    flags = (*_FLAGS, f"-march={machine}")
+    version = _run([program, "--version"]).partition("\n")[0]
+    if "clang" in version.lower():
+        raise NativeError(f"{compiler!r} is {version}, whose code needs an OpenMP library other than torch's: use GCC")
+    here = [version, *flags, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
+    name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, here)])).hexdigest()[:24]
     path = _cache_folder() / f"{source.stem}-{name}.so"
     if not path.exists():
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                _run([program, *_FLAGS, str(source), "-o", str(temporary), str(openmp), f"-Wl,-rpath,{openmp.parent}"])
+                # torch's library comes before the compiler's own, which then is not needed.
+                _run([program, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(temporary)])
                 os.replace(temporary, path)
     try:
         return ctypes.CDLL(str(path))
@@ -57,7 +63,7 @@ def native_library(source: Path) -> ctypes.CDLL:
 
 
 def _openmp_library() -> Path:
-    """torch's own: with another beside it each would have threads of its own, and they would wait for the same cores."""
+    """torch's own: with another beside it each would have its threads, and they would wait for the same cores."""
     found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     if not found:
         raise NativeError(f"torch {torch.__version__} brings no libgomp")

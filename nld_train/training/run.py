@@ -13,12 +13,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from nld_train.checkpoint.convert import export_checkpoint, exported_step, load_hf_weights
 from nld_train.checkpoint.manager import CheckpointManager, read_info
 from nld_train.config.compose import EXIT_BAD_CONFIG, EXIT_FAILED, save_resolved, to_dict
-from nld_train.config.schema import Config, LayerSpec, ParallelConfig, Precision
+from nld_train.config.schema import AttentionBackend, Config, LayerSpec, ParallelConfig, Precision
 from nld_train.config.validate import notices
 from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.model.attention import resolve_backend
 from nld_train.model.build import NLDModel, build_chunks, fuses_gradients
 from nld_train.model.linear import fp32_products
+from nld_train.model.native_attention import arithmetic, missing_for_native
 from nld_train.model.pointwise import compiles_pointwise
 from nld_train.platform.cpu import keep_freed_memory
 from nld_train.platform.device import Platform, check_compiler, check_layer_spec, initialize_device, library_version
@@ -275,7 +276,12 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     """Device and arithmetic, and whose kernels compute what."""
     shape, precision, device = config.model, config.train.precision, platform.device
     by_transformer_engine = shape.layer_spec is LayerSpec.transformer_engine
-    attention = resolve_backend(shape.attention_backend, device).value
+    backend = resolve_backend(shape.attention_backend, device)
+    attention = backend.value
+    if backend is AttentionBackend.native and precision is not Precision.fp32:
+        attention += f", {arithmetic()}"
+    elif backend is AttentionBackend.chunked and (missing := missing_for_native()) is not None:
+        attention += f" (not native: {missing.partition(chr(10))[0]})"
     if by_transformer_engine:
         attention += ", under a plain causal mask Transformer Engine's"
     gradients = (

@@ -129,7 +129,7 @@ def test_help_shows_groups_keys_and_examples(tmp_path: Path):
         "objective.block_size=32",
         "stages.joint.tokens=",
         "alpha of the joint stages",
-        "auto|dense|chunked|flex",
+        "auto|dense|native|chunked|flex",
         "init.hf_path=null",
         "python train.py experiment=nld_8b --cfg job",
     ):

@@ -408,6 +408,19 @@ def test_compilation_on_a_cpu_needs_a_compiler(tiny: Config, monkeypatch: pytest
     assert "/nowhere/include holds no Python.h" in at(validate(always, 1), "model.compile_pointwise").message
 
 
+def test_native_attention_needs_a_compiler(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    native = changed(tiny, model__attention_backend=AttentionBackend.native, train__device=Device.cpu)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    problem = at(validate(native, 1), "model.attention_backend")
+    assert problem.message == "native, but there is no C++ compiler '/nowhere/c++'"
+    assert "CXX" in problem.remedy
+    assert "model.attention_backend=auto" in problem.remedy
+    assert validate(native, None) == []  # on another machine
+    assert validate(changed(native, model__attention_backend=AttentionBackend.auto), 1) == []
+    monkeypatch.setenv("CXX", sys.executable)  # some program
+    assert validate(native, 1) == []
+
+
 def test_fp8_needs_the_layers_that_can(tiny: Config):
     problem = at(validate(changed(tiny, train__precision=Precision.fp8), 1), "train.precision")
     assert "use model.layer_spec=transformer_engine" in problem.remedy

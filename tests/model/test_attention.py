@@ -32,15 +32,23 @@ from nld_train.model.attention import (
     resolve_backend,
 )
 from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel
+from nld_train.model.native_attention import native_attention
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
 from nld_train.objective.sequence import JointBatch, RowTable, SequenceLayout, Shard, row_table, shard_batch
+from nld_train.testing.fixtures import needs_compiler
 from nld_train.testing.layouts import table_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Attention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+NATIVE = pytest.param(native_attention, marks=needs_compiler, id="native_attention")
+
+
+def finest(attention: Attention) -> torch.dtype:
+    """That it computes in."""
+    return torch.float32 if attention is native_attention else torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +92,8 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
     for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), actual, expected, strict=True):
         assert a.dtype == dtype
         assert a.shape == b.shape
-        error = ((a.double() - b.double()).norm() / b.double().norm()).item()
+        # Rows with one key have a query's gradient of 0.
+        error = ((a.double() - b.double()).norm() / (b.double().norm() + 1)).item()
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
 
 
@@ -113,7 +122,7 @@ SHAPES = [  # L, block, B, H, K, D
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("length", "block_size", "batch", "heads", "kv_heads", "dim"), SHAPES)
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 def test_joint_backends_equal_the_written_out_softmax(
     attention: Attention,
     length: int,
@@ -126,6 +135,10 @@ def test_joint_backends_equal_the_written_out_softmax(
 ):
     layout = SequenceLayout(length, block_size, has_noisy_half=True)
     inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
+    if dtype is torch.float64 and attention is native_attention:
+        with pytest.raises(ValueError, match="float64"):
+            attention(*inputs[:3], layout)
+        return
     assert_equals_written_out(attention, layout, inputs)
 
 
@@ -150,17 +163,20 @@ def test_products_equal_the_written_out_softmax(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("length", "_block", "batch", "heads", "kv_heads", "dim"), SHAPES[:6])
+@needs_compiler
 def test_causal_backends_equal_the_written_out_softmax(
     length: int, _block: int, batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ):
     layout = SequenceLayout(length, 1, has_noisy_half=False)
     inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
     plain: Attention = lambda query, key, value, _: causal_attention(query, key, value)  # noqa: E731
-    for attention in (dense_attention, chunked_attention, plain):
+    native = (native_attention,) if dtype is not torch.float64 else ()
+    for attention in (dense_attention, chunked_attention, plain, *native):
         assert_equals_written_out(attention, layout, inputs)
 
 
-def test_random_shapes():
+@pytest.mark.parametrize("attention", [chunked_attention, NATIVE])
+def test_random_shapes(attention: Attention):
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
@@ -172,35 +188,48 @@ def test_random_shapes():
         print(layout, kv_heads, dim)
         heads = kv_heads * rng.randint(1, 4)
         inputs = make_inputs(
-            layout, rng.randint(1, 3), heads, kv_heads, dim, dtype=torch.float64, seed=rng.randrange(2**32)
+            layout, rng.randint(1, 3), heads, kv_heads, dim, dtype=finest(attention), seed=rng.randrange(2**32)
         )
-        assert_equals_written_out(chunked_attention, layout, inputs)
+        assert_equals_written_out(attention, layout, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_chunked_attention_reads_any_strides(dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [
+        (chunked_attention, torch.float64),
+        (chunked_attention, torch.bfloat16),
+        pytest.param(native_attention, torch.float32, marks=needs_compiler),
+        pytest.param(native_attention, torch.bfloat16, marks=needs_compiler),
+    ],
+)
+def test_any_strides_are_read(attention: Attention, dtype: torch.dtype):
     """Megatron's [S, B, H, D] seen as [B, H, S, D], value a slice of a fused projection, an expanded gradient."""
     layout = SequenceLayout(160, 32, has_noisy_half=True)
     inputs = make_inputs(layout, 2, 4, 2, 8, dtype=dtype)
-    expected = run(chunked_attention, (*inputs[:3], inputs[3][:1, :1].expand_as(inputs[3]).contiguous()), layout)
+    expected = run(attention, (*inputs[:3], inputs[3][:1, :1].expand_as(inputs[3]).contiguous()), layout)
     query, key = (x.detach().permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).requires_grad_() for x in inputs[:2])
     value = torch.cat([inputs[2].detach()] * 3, dim=-1)[..., 8:16].requires_grad_()
     assert not any(x.is_contiguous() for x in (query, key, value))
-    actual = run(chunked_attention, (query, key, value, inputs[3][:1, :1].expand_as(inputs[3])), layout)
+    actual = run(attention, (query, key, value, inputs[3][:1, :1].expand_as(inputs[3])), layout)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+    every_second = torch.stack([inputs[0].detach()] * 2, dim=-1).flatten(-2)[..., ::2].requires_grad_()
+    assert every_second.stride(-1) == 2
+    actual = run(attention, (every_second, key, value, inputs[3][:1, :1].expand_as(inputs[3])), layout)
+    assert torch.equal(actual[0], expected[0])
 
 
+@needs_compiler
 def test_softmax_scale_reaches_every_backend():
     for has_noisy_half in (True, False):
         layout = SequenceLayout(160, 32, has_noisy_half)
         inputs = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float64)
         expected = run(lambda q, k, v, la: written_out(q, k, v, la, 0.7), inputs, layout)
-        for backend in (AttentionBackend.dense, AttentionBackend.chunked):
-            actual = run(
-                lambda q, k, v, la, backend=backend: joint_attention(q, k, v, la, backend, 0.7), inputs, layout
-            )
-            assert_close(actual, expected, torch.float64)
+        in_fp32 = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float32)
+        for backend in (AttentionBackend.dense, AttentionBackend.chunked, AttentionBackend.native):
+            attention: Attention = lambda q, k, v, la, b=backend: joint_attention(q, k, v, la, b, 0.7)  # noqa: E731
+            assert_close(run(attention, inputs, layout), expected, torch.float64)
+            assert_close(run(attention, in_fp32, layout), [x.float() for x in expected], torch.float32)
 
 
 @pytest.mark.parametrize(("length", "block_size"), [(128, 32), (96, 16)])
@@ -345,9 +374,35 @@ def test_products_under_a_table(name: str, chunk_rows: int, monkeypatch: pytest.
     assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.bfloat16)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
+@pytest.mark.parametrize("name", TABLE_LAYOUTS)
+def test_native_attention_under_a_table(name: str, heads: int, kv_heads: int, dtype: torch.dtype):
+    layout = table_layout(16, *TABLE_LAYOUTS[name])
+    assert_table_equals_written_out(native_attention, layout, dtype=dtype, heads=heads, kv_heads=kv_heads)
+
+
 @pytest.mark.parametrize("name", TABLE_LAYOUTS)
 def test_dense_attention_under_a_table(name: str):
     assert_table_equals_written_out(dense_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.float64)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_attention_of_many_threads(dtype: torch.dtype):
+    """Whatever the threads: the forward pass has the same bits, and the same number of them has the same bits again."""
+    layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
+    inputs = make_inputs(layout, 2, 6, 3, 8, dtype=dtype)
+    expected = run(native_attention, inputs, layout)
+    for num_threads in (2, 4, 5, 12):
+        torch.set_num_threads(num_threads)
+        assert_table_equals_written_out(native_attention, layout, dtype=dtype, heads=6, kv_heads=3)
+        out, *gradients = run(native_attention, inputs, layout)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(gradients[0], expected[1])
+        for a, b in zip(run(native_attention, inputs, layout), (out, *gradients), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_groups_are_split_among_threads(monkeypatch: pytest.MonkeyPatch):
@@ -360,7 +415,8 @@ def test_groups_are_split_among_threads(monkeypatch: pytest.MonkeyPatch):
             assert_table_equals_written_out(chunked_attention, layout, dtype=dtype, heads=heads, kv_heads=1)
 
 
-def test_random_tables(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("attention", [chunked_attention, NATIVE])
+def test_random_tables(attention: Attention, monkeypatch: pytest.MonkeyPatch):
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
@@ -381,16 +437,16 @@ def test_random_tables(monkeypatch: pytest.MonkeyPatch):
         print(documents, noisy, block_size, num_rows)
         kv_heads = rng.randint(1, 2)
         assert_table_equals_written_out(
-            chunked_attention,
+            attention,
             layout,
-            dtype=torch.float64,
+            dtype=finest(attention),
             seed=rng.randrange(2**32),
             heads=kv_heads * rng.randint(1, 3),
             kv_heads=kv_heads,
         )
 
 
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 @pytest.mark.parametrize("has_noisy_half", [True, False])
 def test_a_plain_layout_written_as_a_table_is_the_plain_one(attention: Attention, has_noisy_half: bool):
     plain = SequenceLayout(320, 32, has_noisy_half)
@@ -398,20 +454,20 @@ def test_a_plain_layout_written_as_a_table_is_the_plain_one(attention: Attention
     assert table.table is not None
     for rows, of_plain in zip(astuple(table.table), astuple(row_table(plain, 2)), strict=True):
         assert torch.equal(rows, of_plain)
-    inputs = make_inputs(plain, 2, 4, 2, 8, dtype=torch.float64)
+    inputs = make_inputs(plain, 2, 4, 2, 8, dtype=finest(attention))
     expected = run(dense_attention, inputs, plain)
-    assert_close(run(attention, inputs, table), expected, torch.float64)
+    assert_close(run(attention, inputs, table), expected, finest(attention))
 
 
 @pytest.mark.parametrize("is_noisy", [True, False])
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 def test_packed_documents_are_the_documents_alone(
     attention: Attention, is_noisy: bool, monkeypatch: pytest.MonkeyPatch
 ):
     set_chunk_rows(monkeypatch, 32, 64)
     lengths = [45, 70, 21]
     packed = table_layout(16, [lengths], [blocks_of(lengths, 16)] if is_noisy else None)
-    inputs = make_inputs(packed, 1, 4, 2, 8, dtype=torch.float64)
+    inputs = make_inputs(packed, 1, 4, 2, 8, dtype=finest(attention))
     together = run(attention, inputs, packed)
     for number, length in enumerate(lengths):
         alone = table_layout(16, [[length]], [blocks_of([length], 16)] if is_noisy else None)
@@ -421,26 +477,43 @@ def test_packed_documents_are_the_documents_alone(
             rows += range(sum(lengths) + start, sum(lengths) + start + length)
         own = tuple(x.detach()[:, :, rows].requires_grad_() for x in inputs)
         expected = run(attention, (*own[:3], own[3].detach()), alone)
-        assert_close([x[:, :, rows] for x in together], expected, torch.float64)
+        assert_close([x[:, :, rows] for x in together], expected, finest(attention))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["rho 0.5, padding", "nothing noisy in one"])
-def test_padding_rows_touch_nothing(name: str, poison: float, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("attention", [chunked_attention, NATIVE])
+def test_padding_rows_touch_nothing(attention: Attention, name: str, poison: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
     documents, noisy = TABLE_LAYOUTS[name]
     layout = table_layout(16, [documents[-1]] * 2, noisy)
     padding = is_padding(layout)
     assert padding.any()
-    inputs = make_inputs(layout, 2, 4, 2, 8, dtype=torch.float64)
-    clean = run(chunked_attention, inputs, layout)
+    inputs = make_inputs(layout, 2, 4, 2, 8, dtype=finest(attention))
+    clean = run(attention, inputs, layout)
     poisoned = tuple(x.detach().masked_fill(padding, poison).requires_grad_() for x in inputs)
-    for a, b in zip(run(chunked_attention, (*poisoned[:3], poisoned[3].detach()), layout), clean, strict=True):
+    for a, b in zip(run(attention, (*poisoned[:3], poisoned[3].detach()), layout), clean, strict=True):
         assert torch.equal(a, b)
         assert (a.masked_select(padding) == 0).all()
 
 
-def test_noisy_rows_may_all_be_padding():
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(poison: float, dtype: torch.dtype):
+    """In a query, a key or a value: whoever sees it has no finite result, and no gradient hides it."""
+    layout = SequenceLayout(64, 16, has_noisy_half=True)
+    for number in range(3):
+        *tensors, grad = make_inputs(layout, 1, 2, 1, 8, dtype=dtype)
+        tensors[number] = tensors[number].detach().index_fill(2, torch.tensor([70]), poison).requires_grad_()
+        out, *gradients = run(native_attention, (*tensors, grad), layout)
+        sees = [70] if number == 0 else [*range(16, 64), *range(70, 128)]
+        assert not out[:, :, sees].isfinite().any()
+        assert not gradients[0][:, :, sees].isfinite().any()
+
+
+@pytest.mark.parametrize("attention", [chunked_attention, NATIVE])
+def test_noisy_rows_may_all_be_padding(attention: Attention):
     """As of a context rank that has none of the blocks."""
     clean = torch.arange(32)
     table = RowTable(
@@ -450,7 +523,7 @@ def test_noisy_rows_may_all_be_padding():
         end_keys=torch.cat([torch.zeros(2, dtype=torch.int64), clean + 1])[None],
     )
     layout = SequenceLayout(32, 16, has_noisy_half=True, table=table)
-    assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64)
+    assert_table_equals_written_out(attention, layout, dtype=finest(attention))
 
 
 def test_chunks_cover_what_they_should():
@@ -573,17 +646,17 @@ def test_flex_forward_under_a_table_equals_the_dense_one(name: str):
 # ---------------------------------------------------------------------------------------------------- who sees whom
 
 
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 def test_clean_half_is_the_causal_run(attention: Attention):
     layout = SequenceLayout(320, 32, has_noisy_half=True)
-    query, key, value, _ = make_inputs(layout, 2, 4, 2, 8, dtype=torch.float64)
+    dtype = finest(attention)
+    query, key, value, _ = make_inputs(layout, 2, 4, 2, 8, dtype=dtype)
     clean = (x[:, :, 320:] for x in (query, key, value))
-    assert torch.allclose(
-        attention(query, key, value, layout)[:, :, 320:], causal_attention(*clean), rtol=0, atol=1e-13
-    )
+    found, expected = attention(query, key, value, layout)[:, :, 320:], causal_attention(*clean)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13 if dtype is torch.float64 else 2e-6)
 
 
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 @pytest.mark.parametrize("position", [0, 31, 32, 127, 128, 200, 319])
 def test_a_changed_clean_token_changes_no_noisy_row_of_its_own_or_an_earlier_block(attention: Attention, position: int):
     layout = SequenceLayout(320, 32, has_noisy_half=True)
@@ -592,7 +665,7 @@ def test_a_changed_clean_token_changes_no_noisy_row_of_its_own_or_an_earlier_blo
     assert changed == {*range(next_block, 320), *range(320 + position, 640)}
 
 
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 @pytest.mark.parametrize("position", [0, 31, 32, 127, 128, 319])
 def test_a_changed_noisy_token_changes_nothing_outside_its_block(attention: Attention, position: int):
     layout = SequenceLayout(320, 32, has_noisy_half=True)
@@ -603,7 +676,7 @@ def test_a_changed_noisy_token_changes_nothing_outside_its_block(attention: Atte
 def changed_rows(attention: Attention, layout: SequenceLayout, row: int) -> set[int]:
     """Rows of the output that differ, in any bit, when query, key and value of one row change."""
     with torch.no_grad():
-        query, key, value, _ = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float64)
+        query, key, value, _ = make_inputs(layout, 1, 2, 1, 8, dtype=finest(attention))
         before = attention(query, key, value, layout)
         for x in (query, key, value):
             x[:, :, row] += 0.5
@@ -630,7 +703,7 @@ def random_layout(rng: random.Random, num_shards: int) -> SequenceLayout:
     return table_layout(block_size, documents, noisy if rng.random() < 0.8 else None)
 
 
-@pytest.mark.parametrize("attention", [dense_attention, chunked_attention])
+@pytest.mark.parametrize("attention", [dense_attention, chunked_attention, NATIVE])
 @pytest.mark.parametrize("num_shards", [2, 3, 8])
 def test_shards_together_are_the_whole(attention: Attention, num_shards: int, monkeypatch: pytest.MonkeyPatch):
     """Each row's output in one shard; gradients of gathered keys and values add up to those of the whole."""
@@ -642,7 +715,7 @@ def test_shards_together_are_the_whole(attention: Attention, num_shards: int, mo
         layout = random_layout(rng, num_shards)
         num_sequences = 2 if layout.table is None else len(layout.table.blocks)
         query, key, value, grad = make_inputs(
-            layout, num_sequences, 4, 2, 8, dtype=torch.float64, seed=rng.randrange(99)
+            layout, num_sequences, 4, 2, 8, dtype=finest(attention), seed=rng.randrange(99)
         )
         if layout.table is not None:
             grad = grad * ~is_padding(layout)
@@ -665,7 +738,7 @@ def test_shards_together_are_the_whole(attention: Attention, num_shards: int, mo
                 total.scatter_add_(2, rows.expand_as(x), x)
             for total, x in zip(found[2:], of_keys, strict=True):
                 total.scatter_add_(2, keys.expand_as(x), x)
-        assert_close(found, expected, torch.float64)
+        assert_close(found, expected, finest(attention))
 
 
 def shard_of_layout(layout: SequenceLayout, num_sequences: int, shard: Shard) -> tuple[SequenceLayout, Tensor]:
@@ -779,13 +852,14 @@ def test_module_rotates_each_document_from_its_beginning(backend: AttentionBacke
 
 
 @pytest.mark.parametrize("kind", ["joint", "causal", "table"])
-def test_recomputing_the_attention_gives_the_same_gradients(kind: str):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_recomputing_the_attention_gives_the_same_gradients(kind: str, dtype: torch.dtype):
     """As Megatron's recomputation does: tensors as arguments, the layout by closure."""
     layout = SequenceLayout(160, 32, has_noisy_half=kind == "joint")
     if kind == "table":
         layout = table_layout(16, *TABLE_LAYOUTS["rho 0.5, padding"])
     module = make_module()
-    inputs = module_inputs(layout)
+    inputs = module_inputs(layout, dtype)
 
     def forward(*tensors: Tensor) -> Tensor:
         return module(*tensors, None, attention_bias=layout)
@@ -827,9 +901,16 @@ def test_dropout_is_refused():
         make_module(attention_dropout=0.1)
 
 
-def test_backends_are_resolved_by_device():
-    auto, dense, chunked, flex = (AttentionBackend[name] for name in ("auto", "dense", "chunked", "flex"))
+def test_backends_are_resolved_by_device(monkeypatch: pytest.MonkeyPatch):
+    auto, dense, native, chunked, flex = AttentionBackend
+    monkeypatch.setattr(attention_module, "missing_for_native", lambda: None)
+    assert [resolve_backend(backend, CPU) for backend in (auto, native)] == [native, native]
+    monkeypatch.setattr(attention_module, "missing_for_native", lambda: "no compiler")
     assert resolve_backend(auto, CPU) is chunked
+    with pytest.raises(ConfigError, match=r"native cannot be compiled here: no compiler\n.*auto or dense"):
+        resolve_backend(native, CPU)
+    with pytest.raises(ConfigError, match=r"model\.attention_backend: native is written for the CPU"):
+        resolve_backend(native, CUDA)
     assert resolve_backend(auto, CUDA) is flex
     assert [resolve_backend(dense, device) for device in (CPU, CUDA)] == [dense, dense]
     assert resolve_backend(chunked, CPU) is chunked

@@ -1,0 +1,126 @@
+"""Compiling C++ of the project: once, for all processes, and what is said where it cannot be done."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nld_train.platform import native
+from nld_train.platform.native import NativeError, native_library
+from nld_train.testing.fixtures import needs_compiler
+
+ANSWER = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of C++, with a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native_library.cache_clear()
+    path = tmp_path / "answer.cpp"
+    path.write_text(ANSWER)
+    return path
+
+
+@needs_compiler
+def test_a_library_is_compiled_once_and_again_when_its_text_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native_library(source).answer() == 42
+    [kept] = (tmp_path / "cache" / "nld_train").glob("*.so")
+    before = kept.stat().st_mtime_ns
+    native_library.cache_clear()
+    assert native_library(source).answer() == 42
+    assert kept.stat().st_mtime_ns == before
+    native_library.cache_clear()
+    source.write_text(ANSWER.replace("42", "43"))
+    assert native_library(source).answer() == 43
+    assert len([*kept.parent.glob("*.so")]) == 2
+    assert [*kept.parent.glob("*.tmp")] == []
+
+
+@needs_compiler
+def test_processes_that_start_together_compile_once(source: Path, tmp_path: Path) -> None:
+    """The compiler is a script that counts its calls and takes its time."""
+    compiler = tmp_path / "slow-c++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) ;; *) echo call >> {tmp_path}/calls; sleep 1;; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(stat.S_IRWXU)
+    code = (
+        "import sys; from pathlib import Path; from nld_train.platform.native import native_library; "
+        "assert native_library(Path(sys.argv[1])).answer() == 42"
+    )
+    environment = {**os.environ, "CXX": str(compiler)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(source)], env=environment) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (tmp_path / "calls").read_text().split() == ["call"]
+
+
+def test_no_compiler_is_said_so(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(NativeError, match=r"there is no C\+\+ compiler '/nowhere/c\+\+'"):
+        native_library(source)
+
+
+def test_a_compiler_for_another_openmp_library_is_not_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'Debian clang version 19.1.7 (3+b1)'\n")
+    compiler.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeError, match=r"clang version 19\.1\.7 .*OpenMP library other than torch's: use GCC"):
+        native_library(source)
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_passed_on_and_nothing_is_kept(source: Path, tmp_path: Path) -> None:
+    source.write_text("int answer( { }\n")
+    with pytest.raises(NativeError, match=r"answer\.cpp.* ended with 1: [\s\S]*error"):
+        native_library(source)
+    assert [*(tmp_path / "cache" / "nld_train").glob("*.so")] == []
+    native_library.cache_clear()
+    source.write_text(ANSWER)
+    assert native_library(source).answer() == 42
+
+
+@needs_compiler
+def test_a_library_that_lacks_a_symbol_is_refused_at_once(source: Path) -> None:
+    """Not when the function is called: a compiler may ask for an OpenMP library other than torch's."""
+    source.write_text('extern "C" { int other(); int answer() { return other(); } }\n')
+    with pytest.raises(NativeError, match="cannot be loaded: .*other"):
+        native_library(source)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert native_library(source).answer() == 42
+    [folder] = tmp_path.glob("nld_train-*")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@needs_compiler
+def test_a_temporary_folder_of_somebody_else_is_not_used(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"nld_train-{os.getuid() + 1}").mkdir()
+    monkeypatch.setattr(native.os, "getuid", lambda uid=os.getuid() + 1: uid)
+    with pytest.raises(NativeError, match="belongs to somebody else"):
+        native_library(source)
+
+
+def test_torch_without_openmp_is_said_so(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(native.torch, "__file__", str(source))
+    with pytest.raises(NativeError, match="brings no libgomp"):
+        native_library(source)
