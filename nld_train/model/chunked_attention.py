@@ -1,4 +1,5 @@
-"""Block-masked attention on the CPU: only what the mask keeps, in chunks of rows that share a clean prefix.
+"""Block-masked attention on the CPU by torch's kernel: only what the mask keeps, in chunks of rows that share a clean
+prefix.
 
 Dimensions: B sequences, S rows of the model's input, L clean tokens, N noisy rows, H query heads, K key-value heads,
 G = H / K query heads per key-value head, P parts that a group is taken in, D head dimension, R rows of a chunk, n
@@ -14,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nld_train.model.chunk_plan import Chunk, ChunkPlan, chunk_plan
-from nld_train.model.cpu_kernels import Kernel, kernel_for
 from nld_train.model.main_grad import sum_dtype
 from nld_train.objective.masks import cached_by_layout
 from nld_train.objective.sequence import SequenceLayout
@@ -22,7 +22,10 @@ from nld_train.platform.cpu import unredirected
 
 JOINED_PREFIX = 1024
 """Clean tokens before a chunk that are taken in one call with the chunk's own rows; more are a call of their own, which
-needs no mask, and a merge; unless the kernel takes all keys at once."""
+needs no mask, and a merge."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def chunked_attention(
@@ -44,19 +47,56 @@ def chunked_attention(
     return _ChunkedAttention.apply(query, key, value, layout, scale)
 
 
-def _chunk_rows(dtype: torch.dtype, group: int, clean_length: int, kernel: Kernel) -> int:
+def _chunk_rows(dtype: torch.dtype, group: int, clean_length: int) -> int:
     """Noisy and clean rows that are taken at a time, of heads in groups of ``group``: as measured.
 
     torch's kernel takes its rows (these, times the group) in tiles of 32, from 192 rows of 64, from 768 of 256. Small
     tiles cost more in half precision; 768 rows are many more pairs where groups are small and sequences short. In fp32
     more rows only cost more pairs.
     """
-    if kernel.takes_all_keys:
-        return 256
     if dtype.itemsize > 2:
         return 128
     is_long = group > 2 or group * clean_length >= 2048
     return max(128, -(-(768 if is_long else 192) // group))
+
+
+def _by_mask(mask: Tensor | None, *of_heads: Tensor) -> tuple[Tensor, ...]:
+    """[n * K, P, ...] as [n, K * P, ...], where each of n masks is for K heads: torch repeats it without a copy."""
+    if mask is None or mask.dim() == 2:
+        return of_heads
+    return tuple(x.unflatten(0, (len(mask), -1)).flatten(1, 2) for x in of_heads)
+
+
+def _flash_of(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk's rows to M keys; scores, softmax and sums are at least fp32.
+
+    Args:
+        rows: [n * K, P, G / P * R, D].
+        keys, values: [n * K, P, M, D]; P may have a stride of 0.
+        mask: additive, in the dtype of the rows: [G / P * R, M], or [n, 1, G / P * R, M], each for K heads in a row.
+
+    Returns:
+        Output [n * K, P, G / P * R, D] and log-sum-exp [n * K, P, G / P * R], at least fp32.
+    """
+    out, log_sum_exp = _flash(*_by_mask(mask, rows, keys, values), attn_mask=mask, scale=scale)
+    return out.reshape(rows.shape), log_sum_exp.reshape(rows.shape[:-1])
+
+
+def _flash_backward_of(
+    grad: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, keys and values, in their shapes (keys' and values' for each of the P parts), from that of
+    the output. ``out`` and ``log_sum_exp`` may be those of more keys. Shapes and mask as in :func:`_flash_of`."""
+    of_all = _by_mask(mask, grad, rows, keys, values, out, log_sum_exp)
+    of_rows, of_keys, of_values = _flash_backward(*of_all, 0.0, False, attn_mask=mask, scale=scale)
+    return of_rows.reshape(rows.shape), of_keys.reshape(keys.shape), of_values.reshape(values.shape)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +110,11 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 class _Call:
     """A chunk as the kernel takes it.
 
-    ``number``: of the chunk in the plan. ``mask``: additive, [G / P * R, own keys] (or [n, 1, G / P * R, own keys]);
-    for a kernel that takes all keys [1 or n, R, R], of the last R keys. ``first_key``: the first clean token that is
-    taken with the chunk's own rows, ``chunk.document_start`` or ``chunk.start``. ``fold``: (n * K, P, G / P * R).
-    ``rows``, ``noisy_keys``: its elements of the queries and of the noisy keys. ``heads``: of the B * K, those of its
-    sequences, as a slice where they stand together, else int64 [n * K].
+    ``number``: of the chunk in the plan. ``mask``: additive, [G / P * R, own keys] (or [n, 1, G / P * R, own keys]).
+    ``first_key``: the first clean token that is taken with the chunk's own rows, ``chunk.document_start`` or
+    ``chunk.start``. ``fold``: (n * K, P, G / P * R). ``rows``, ``noisy_keys``: its elements of the queries and of the
+    noisy keys. ``heads``: of the B * K, those of its sequences, as a slice where they stand together, else int64
+    [n * K].
     """
 
     chunk: Chunk
@@ -112,30 +152,25 @@ def _calls(
     num_heads: int,
     num_kv_heads: int,
     dtype: torch.dtype,
-    kernel: Kernel,
     num_threads: int,
 ) -> _Calls:
     plan = chunk_plan(layout, num_sequences, chunk_rows)
     group = num_heads // num_kv_heads
-    # As few parts as give each thread a head, where that is wanted.
-    wanted = [parts for parts in range(1, group + 1) if group % parts == 0]
+    divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
     calls: list[_Call] = []
     for number, (chunk, allowed) in enumerate(zip(plan.chunks, plan.allowed, strict=True)):
         heads, num_rows = chunk.num_sequences * num_kv_heads, chunk.num_rows
-        parts = next((x for x in wanted if x * heads >= (num_threads if kernel.splits_groups else 1)), group)
+        # The backward pass hands out heads to threads: as few parts as give each thread one.
+        parts = next((x for x in divisors if x * heads >= num_threads), group)
         is_joined = chunk.start - chunk.document_start <= joined_prefix
         first_key = chunk.document_start if is_joined else chunk.start
-        is_shared = kernel.takes_all_keys  # by all that is folded into rows
-        joined, num_folded = (0, 1) if is_shared else (chunk.start - first_key, group // parts)
-        mask = _additive(allowed, joined, num_folded, kernel.mask_dtype(dtype))
-        if not is_shared:
-            mask = mask[0] if len(mask) == 1 else mask[:, None]
+        mask = _additive(allowed, chunk.start - first_key, group // parts, dtype)
         first_row, first_noisy = chunk.first_row * num_heads, chunk.first_noisy_row * num_kv_heads
         calls.append(
             _Call(
                 chunk=chunk,
                 number=number,
-                mask=mask,
+                mask=mask[0] if len(mask) == 1 else mask[:, None],
                 first_key=first_key,
                 fold=(heads, parts, group // parts * num_rows),
                 rows=slice(first_row, first_row + heads * group * num_rows),
@@ -174,11 +209,9 @@ class _ChunkedAttention(torch.autograd.Function):
     @unredirected
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, scale: float) -> Tensor:
         num_sequences, num_heads, _, dim = query.shape
-        kernel = kernel_for(query.dtype, layout.clean_length)
-        chunk_rows = _chunk_rows(query.dtype, num_heads // key.shape[1], layout.clean_length, kernel)
-        joined_prefix = layout.clean_length if kernel.takes_all_keys else JOINED_PREFIX
+        chunk_rows = _chunk_rows(query.dtype, num_heads // key.shape[1], layout.clean_length)
         shape = (num_heads, key.shape[1], query.dtype)
-        all_calls = _calls(layout, num_sequences, chunk_rows, joined_prefix, *shape, kernel, torch.get_num_threads())
+        all_calls = _calls(layout, num_sequences, chunk_rows, JOINED_PREFIX, *shape, torch.get_num_threads())
         plan = all_calls.plan
         rows = plan.queries.gather(query)
         keys = _Keys(plan, key, value)
@@ -186,38 +219,37 @@ class _ChunkedAttention(torch.autograd.Function):
         log_sums_exp: list[Tensor] = []
         for call in all_calls.calls:
             of_chunk = rows[call.rows].view(*call.fold, dim)
-            out, log_sum_exp = kernel.forward(of_chunk, *keys.own(call), call.mask, scale)
+            out, log_sum_exp = _flash_of(of_chunk, *keys.own(call), call.mask, scale)
             if call.first_key > call.chunk.document_start:
-                of_prefix = kernel.forward(of_chunk, *keys.prefix(call), None, scale)
+                of_prefix = _flash_of(of_chunk, *keys.prefix(call), None, scale)
                 out, log_sum_exp = _merge(out, log_sum_exp, *of_prefix)
             outs.append(out.reshape(-1, dim))
             log_sums_exp.append(log_sum_exp.flatten())
         out = plan.queries.scatter(all_calls.in_order(outs), num_sequences, num_heads).permute(1, 2, 0, 3)
-        results = () if kernel.takes_all_keys else (out, all_calls.in_order(log_sums_exp))
-        ctx.save_for_backward(query, key, value, *results)
-        ctx.calls, ctx.kernel, ctx.scale = all_calls, kernel, scale
+        ctx.save_for_backward(query, key, value, out, all_calls.in_order(log_sums_exp))
+        ctx.calls, ctx.scale = all_calls, scale
         return out
 
     @staticmethod
     @once_differentiable
     @unredirected
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *results = ctx.saved_tensors
-        all_calls, kernel, scale = ctx.calls, ctx.kernel, ctx.scale
+        query, key, value, out, log_sum_exp = ctx.saved_tensors
+        all_calls, scale = ctx.calls, ctx.scale
         plan = all_calls.plan
         num_sequences, num_heads, _, dim = query.shape
         rows, grad_out_rows = plan.queries.gather(query), plan.queries.gather(grad_out, zero_padding=True)
-        result_rows = [plan.queries.gather(results[0]), results[1]] if results else []
+        results = plan.queries.gather(out), log_sum_exp
         keys = _Keys(plan, key, value)
         grad_keys = _KeyGradients(keys)
         grad_rows: list[Tensor] = []
         for call in all_calls.calls:
             grad, of_chunk = (x[call.rows].view(*call.fold, dim) for x in (grad_out_rows, rows))
-            of_results = [x[call.rows].view(*call.fold, *x.shape[1:]) for x in result_rows] or [None, None]
-            of_rows, *of_keys = kernel.backward(grad, of_chunk, *keys.own(call), *of_results, call.mask, scale)
+            of_out, of_sums = (x[call.rows].view(*call.fold, *x.shape[1:]) for x in results)
+            of_rows, *of_keys = _flash_backward_of(grad, of_chunk, *keys.own(call), of_out, of_sums, call.mask, scale)
             grad_keys.add_own(call, of_keys)
             if call.first_key > call.chunk.document_start:
-                more, *of_keys = kernel.backward(grad, of_chunk, *keys.prefix(call), *of_results, None, scale)
+                more, *of_keys = _flash_backward_of(grad, of_chunk, *keys.prefix(call), of_out, of_sums, None, scale)
                 of_rows = of_rows + more
                 grad_keys.add_prefix(call, of_keys)
             grad_rows.append(of_rows.reshape(-1, dim))

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nld_train.config.schema import ParallelConfig
-from nld_train.model import chunked_attention
 from nld_train.model.build import build_chunks, row_multiple
-from nld_train.model.cpu_kernels import FLASH
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing.steps import StepCase, loader_batches
@@ -132,17 +129,14 @@ class _Step:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         num_microbatches = case.samples.shape[0] // (case.micro_batch_size * self.topology.data_parallel_size)
-        # The estimate is for attention that keeps its output and log-sum-exp, as that of a GPU does; the CPU's other
-        # kernel keeps neither.
-        with patch.object(chunked_attention, "kernel_for", lambda dtype, length: FLASH):
-            run_microbatches(
-                iter(loader_batches(case, self.topology, self.row_multiple)),
-                self.chunks,
-                StepShape(num_microbatches=num_microbatches, micro_batch_size=case.micro_batch_size, num_rows=None),
-                objective=case.objective,
-                weights=LossWeights(ar=case.ar_loss_weight, diffusion=case.diffusion_loss_weight),
-                device=self.platform.device,
-            )
+        run_microbatches(
+            iter(loader_batches(case, self.topology, self.row_multiple)),
+            self.chunks,
+            StepShape(num_microbatches=num_microbatches, micro_batch_size=case.micro_batch_size, num_rows=None),
+            objective=case.objective,
+            weights=LossWeights(ar=case.ar_loss_weight, diffusion=case.diffusion_loss_weight),
+            device=self.platform.device,
+        )
 
     def update(self) -> None:
         set_hyperparameters(self.optimizer, self.case.optim, self.case.lr)

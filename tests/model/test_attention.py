@@ -31,19 +31,18 @@ from nld_train.model.attention import (
     joint_attention,
     resolve_backend,
 )
-from nld_train.model.cpu_kernels import FLASH, PRODUCTS, Kernel
-from nld_train.model.native_attention import native_attention
+from nld_train.model.native_attention import missing_for_native, native_attention
 from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.masks import dense_block_mask
 from nld_train.objective.sequence import JointBatch, RowTable, SequenceLayout, Shard, row_table, shard_batch
-from nld_train.testing.fixtures import needs_compiler
 from nld_train.testing.layouts import table_layout
+from nld_train.testing.native import needs_native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Attention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-NATIVE = pytest.param(native_attention, marks=needs_compiler, id="native_attention")
+NATIVE = pytest.param(native_attention, marks=needs_native, id="native_attention")
 
 
 def finest(attention: Attention) -> torch.dtype:
@@ -142,35 +141,15 @@ def test_joint_backends_equal_the_written_out_softmax(
     assert_equals_written_out(attention, layout, inputs)
 
 
-@pytest.mark.parametrize("has_noisy_half", [True, False])
-@pytest.mark.parametrize(("length", "block_size", "batch", "heads", "kv_heads", "dim"), SHAPES)
-def test_products_equal_the_written_out_softmax(
-    length: int,
-    block_size: int,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    has_noisy_half: bool,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """Whatever this processor's choice is."""
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: PRODUCTS)
-    layout = SequenceLayout(length, block_size, has_noisy_half)
-    inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=torch.bfloat16)
-    assert_equals_written_out(chunked_attention, layout, inputs)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("length", "_block", "batch", "heads", "kv_heads", "dim"), SHAPES[:6])
-@needs_compiler
 def test_causal_backends_equal_the_written_out_softmax(
     length: int, _block: int, batch: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ):
     layout = SequenceLayout(length, 1, has_noisy_half=False)
     inputs = make_inputs(layout, batch, heads, kv_heads, dim, dtype=dtype)
     plain: Attention = lambda query, key, value, _: causal_attention(query, key, value)  # noqa: E731
-    native = (native_attention,) if dtype is not torch.float64 else ()
+    native = (native_attention,) if dtype is not torch.float64 and missing_for_native() is None else ()
     for attention in (dense_attention, chunked_attention, plain, *native):
         assert_equals_written_out(attention, layout, inputs)
 
@@ -198,8 +177,8 @@ def test_random_shapes(attention: Attention):
     [
         (chunked_attention, torch.float64),
         (chunked_attention, torch.bfloat16),
-        pytest.param(native_attention, torch.float32, marks=needs_compiler),
-        pytest.param(native_attention, torch.bfloat16, marks=needs_compiler),
+        pytest.param(native_attention, torch.float32, marks=needs_native),
+        pytest.param(native_attention, torch.bfloat16, marks=needs_native),
     ],
 )
 def test_any_strides_are_read(attention: Attention, dtype: torch.dtype):
@@ -219,14 +198,14 @@ def test_any_strides_are_read(attention: Attention, dtype: torch.dtype):
     assert torch.equal(actual[0], expected[0])
 
 
-@needs_compiler
 def test_softmax_scale_reaches_every_backend():
     for has_noisy_half in (True, False):
         layout = SequenceLayout(160, 32, has_noisy_half)
         inputs = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float64)
         expected = run(lambda q, k, v, la: written_out(q, k, v, la, 0.7), inputs, layout)
         in_fp32 = make_inputs(layout, 1, 2, 1, 8, dtype=torch.float32)
-        for backend in (AttentionBackend.dense, AttentionBackend.chunked, AttentionBackend.native):
+        native = (AttentionBackend.native,) if missing_for_native() is None else ()
+        for backend in (AttentionBackend.dense, AttentionBackend.chunked, *native):
             attention: Attention = lambda q, k, v, la, b=backend: joint_attention(q, k, v, la, b, 0.7)  # noqa: E731
             assert_close(run(attention, inputs, layout), expected, torch.float64)
             assert_close(run(attention, in_fp32, layout), [x.float() for x in expected], torch.float32)
@@ -260,11 +239,10 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
     assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kernel", [FLASH, PRODUCTS], ids=["flash", "products"])
-def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
-    """Rounding must not grow with the number of chunks: compared with the rounding of one kernel over whole rows."""
+@pytest.mark.parametrize("attention", [chunked_attention, NATIVE])
+def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(attention: Attention, monkeypatch: pytest.MonkeyPatch):
+    """Rounding must not grow with the number of chunks or tiles: compared with that of one kernel over whole rows."""
     monkeypatch.setattr(chunked_module, "JOINED_PREFIX", 0)
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
     exact = tuple(x.detach().double().requires_grad_() for x in inputs)
@@ -276,12 +254,92 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(kernel: Kernel, mo
             for a, b in zip(run(attention, inputs, layout), expected, strict=True)
         ]
 
-    ours, dense = errors(chunked_attention), errors(dense_attention)
-    # Two rounded partial results instead of one, or rounded probabilities: up to sqrt(2). Merged with bf16 weights it
-    # would be 1.7.
+    ours, dense = errors(attention), errors(dense_attention)
+    # Two rounded partial results instead of one: up to sqrt(2). Merged with bf16 weights it would be 1.7.
     assert max(ours[0] / dense[0], ours[1] / dense[1]) < 1.42
     # Ten chunks add to a key's gradient. Summed in bf16 it would be 1.2.
     assert max(ours[2] / dense[2], ours[3] / dense[3]) < 1.0
+
+
+# ------------------------------------------------------------------------------------------ a few rows to a few keys
+
+
+def kernel_inputs(b: int, parts: int, rows: int, keys: int, dim: int) -> Inputs:
+    """Rows, keys, values (shared by the parts) and a gradient of the output, bf16."""
+    generator = torch.Generator().manual_seed(b + rows)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    key, value = (draw(b, 1, keys, dim).expand(-1, parts, -1, -1) for _ in range(2))
+    return draw(b, parts, rows, dim), key, value, draw(b, parts, rows, dim)
+
+
+def some_mask(num_masks: int, rows: int, keys: int) -> Tensor:
+    """0 or -inf [num_masks, 1, rows, keys]; every row sees its first key."""
+    hidden = torch.rand(num_masks, 1, rows, keys, generator=torch.Generator().manual_seed(rows)) < 0.5
+    hidden[..., 0] = False
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+
+
+def kernel_written_out(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
+    scores = scale * rows @ keys.mT + (0.0 if mask is None else mask.double())
+    return scores.softmax(-1) @ values, scores.logsumexp(-1)
+
+
+def assert_near(found: Tensor, expected: Tensor, least: float | Tensor = 0.0) -> None:
+    """Within what a rounding of the probabilities and of the result to bf16 brings, in a norm of ``least`` or more."""
+    assert found.shape == expected.shape
+    assert (found.double() - expected).norm() <= 6e-3 * max(expected.norm(), least)
+
+
+@pytest.mark.parametrize("num_masks", [None, 1, 2, 6])
+@pytest.mark.parametrize(("parts", "rows", "keys", "dim"), [(2, 40, 70, 16), (1, 1, 1, 8), (3, 65, 9, 24)])
+@pytest.mark.parametrize("scale", [0.3, 0.25])
+def test_kernel_equals_the_written_out_softmax(
+    parts: int, rows: int, keys: int, dim: int, scale: float, num_masks: int | None
+):
+    """Six heads; a mask for each, for three, for all, or none."""
+    mask = None if num_masks is None else some_mask(num_masks, rows, keys)
+    *given, grad = kernel_inputs(6, parts, rows, keys, dim)
+    exact = [x.double().clone().requires_grad_() for x in given]
+    of_heads = None if mask is None else mask.repeat_interleave(6 // len(mask), 0)
+    expected, log_sum_exp = kernel_written_out(*exact, of_heads, scale)
+    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+
+    of_kernel = mask
+    if mask is not None:
+        of_kernel = mask.to(torch.bfloat16)[0, 0] if num_masks == 1 else mask.to(torch.bfloat16)
+    out, found_log_sum_exp = chunked_module._flash_of(*given, of_kernel, scale)
+    assert out.dtype is torch.bfloat16
+    assert_near(out, expected)
+    torch.testing.assert_close(found_log_sum_exp.double(), log_sum_exp, rtol=0, atol=1e-4)
+    grads = chunked_module._flash_backward_of(grad, *given, out, found_log_sum_exp, of_kernel, scale)
+    largest = max(x.norm() for x in expected_grads)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        assert found.dtype is torch.bfloat16
+        assert_near(found, wanted, least=1e-2 * largest)
+
+
+def test_gradients_of_a_part_of_the_keys():
+    """With the output and the log-sum-exp of all keys, the gradients of two parts are those of the whole."""
+    *given, grad = kernel_inputs(2, 2, 50, 60, 16)
+    rows, keys, values = given
+    exact = [x.double().clone().requires_grad_() for x in given]
+    expected, log_sum_exp = kernel_written_out(*exact, None, 0.3)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    of_all = expected.detach().to(torch.bfloat16), log_sum_exp.detach().float()
+    parts = [
+        chunked_module._flash_backward_of(grad, rows, keys[:, :, part], values[:, :, part], *of_all, None, 0.3)
+        for part in (slice(0, 25), slice(25, 60))
+    ]
+    assert_near(parts[0][0].double() + parts[1][0].double(), wanted[0])
+    for of_parts, of_whole in zip(zip(*parts, strict=True), wanted, strict=True):
+        if of_whole.shape != rows.shape:
+            assert_near(torch.cat(of_parts, dim=2), of_whole)
 
 
 # ------------------------------------------------------------------------------------------------- layouts with a table
@@ -365,16 +423,7 @@ def test_chunked_attention_under_a_table(
     assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=dtype)
 
 
-@pytest.mark.parametrize("chunk_rows", [8, 48, 128])
-@pytest.mark.parametrize("name", TABLE_LAYOUTS)
-def test_products_under_a_table(name: str, chunk_rows: int, monkeypatch: pytest.MonkeyPatch):
-    """Whatever this processor's choice is."""
-    set_chunk_rows(monkeypatch, chunk_rows, 0)
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: PRODUCTS)
-    assert_table_equals_written_out(chunked_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.bfloat16)
-
-
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (6, 1)])
 @pytest.mark.parametrize("name", TABLE_LAYOUTS)
@@ -388,7 +437,7 @@ def test_dense_attention_under_a_table(name: str):
     assert_table_equals_written_out(dense_attention, table_layout(16, *TABLE_LAYOUTS[name]), dtype=torch.float64)
 
 
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_native_attention_of_many_threads(dtype: torch.dtype):
     """Whatever the threads: the forward pass has the same bits, and the same number of them has the same bits again."""
@@ -497,7 +546,7 @@ def test_padding_rows_touch_nothing(attention: Attention, name: str, poison: flo
         assert (a.masked_select(padding) == 0).all()
 
 
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(poison: float, dtype: torch.dtype):
@@ -568,28 +617,23 @@ def test_sequences_of_the_same_documents_have_the_same_chunks():
                                      ([1], 40, 64, 0)]  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", [FLASH, PRODUCTS], ids=["flash", "products"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_chunks_taken_together_may_differ(kv_heads: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_taken_together_may_differ(kv_heads: int, monkeypatch: pytest.MonkeyPatch):
     """Blocks at different places of the same chunk, or none there: masks of their own, and padding."""
     set_chunk_rows(monkeypatch, 80, 1024)
     monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = table_layout(16, [[128]] * 3, [[range(16)], [range(16), range(16, 32)], [range(32, 48), range(80, 96)]])
     plan = plan_module.chunk_plan(layout, 3, 80)
     assert [chunk.sequences.tolist() for chunk in plan.chunks] == [[0, 1, 2]] * len(plan.chunks)
     assert [len(allowed) for allowed in plan.allowed] == [3, 3, 1]  # the last has no block in any of them
     assert plan.queries.is_padding is not None
     assert plan.queries.is_padding.any()
-    dtype = torch.bfloat16 if kernel is PRODUCTS else torch.float64
-    assert_table_equals_written_out(chunked_attention, layout, dtype=dtype, heads=4, kv_heads=kv_heads)
+    assert_table_equals_written_out(chunked_attention, layout, dtype=torch.float64, heads=4, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize("kernel", [FLASH, PRODUCTS], ids=["flash", "products"])
-def test_a_sequence_does_not_see_what_it_is_taken_with(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+def test_a_sequence_does_not_see_what_it_is_taken_with(monkeypatch: pytest.MonkeyPatch):
     """A number that is not finite stays in its sequence, padding included: the step can be left out by its sample."""
     monkeypatch.setattr(plan_module, "LARGEST_PADDING", 10.0)
-    monkeypatch.setattr(chunked_module, "kernel_for", lambda dtype, length: kernel)
     layout = table_layout(16, [[128]] * 3, [[range(32, 48), range(80, 96)], [], [range(16)]])
     inputs = make_inputs(layout, 3, 4, 2, 8, dtype=torch.bfloat16)
     expected = run(chunked_attention, inputs, layout)
@@ -604,14 +648,10 @@ def test_a_sequence_does_not_see_what_it_is_taken_with(kernel: Kernel, monkeypat
 
 
 def test_masks_do_not_grow_with_the_heads():
-    """Of two sequences with masks of their own: one for each sequence, in torch's kernel for each folded head."""
+    """Of two sequences with masks of their own: one for each sequence and head that is folded into rows."""
     layout = table_layout(16, [[128]] * 2, [[range(16)], [range(32, 48)]])
-    for dtype, kernel, shape in (
-        (torch.bfloat16, PRODUCTS, (2, 144, 144)),
-        (torch.float32, FLASH, (2, 1, 4 * 144, 144)),
-    ):
-        calls = chunked_module._calls(layout, 2, 256, 128, 8, 2, dtype, kernel, 1).calls
-        assert [tuple(call.mask.shape) for call in calls] == [shape]
+    calls = chunked_module._calls(layout, 2, 256, 128, 8, 2, torch.float32, 1).calls
+    assert [tuple(call.mask.shape) for call in calls] == [(2, 1, 4 * 144, 144)]
 
 
 def test_the_plan_is_shared_by_layers_and_freed_with_its_micro_batch():

@@ -15,6 +15,7 @@ from nld_train.config.schema import ParallelConfig
 from nld_train.model.head import fused_linear_cross_entropy, gather_rows, select_weighted_rows
 from nld_train.objective.noise import NoiseSpec, corrupt
 from nld_train.objective.sequence import build_joint_batch
+from nld_train.platform.cpu import bf16_operands
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing.memory import LiveTensors
@@ -248,6 +249,16 @@ def test_the_setting_for_bf16_products_ends_with_the_head() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     fused_linear_cross_entropy(*arguments)[0].backward()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_products_of_bf16_values_are_fp32() -> None:
+    """Where the CPU reads fp32 operands as bf16, too: neither products nor sums are rounded to it."""
+    generator = torch.Generator().manual_seed(9)
+    a, b = (torch.randn(64, 64, generator=generator).to(torch.bfloat16) for _ in range(2))
+    with bf16_operands():
+        found = a.float() @ b.float()
+    exact = a.double() @ b.double()
+    assert (found - exact).norm() < 1e-6 * exact.norm()
 
 
 def test_large_logits_do_not_overflow() -> None:

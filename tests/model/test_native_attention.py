@@ -11,8 +11,8 @@ from nld_train.model.native_attention import missing_for_native, native_attentio
 from nld_train.objective.sequence import SequenceLayout
 from nld_train.platform.cpu import cpu_info
 from nld_train.platform.native import NativeError, native_library
-from nld_train.testing.fixtures import needs_compiler
 from nld_train.testing.layouts import table_layout
+from nld_train.testing.native import needs_native
 
 MACHINES = {
     "x86-64": "sse2",
@@ -23,7 +23,7 @@ MACHINES = {
 }
 
 
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_width_of_vectors(machine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,8 @@ def test_every_width_of_vectors(machine: str, dtype: torch.dtype, monkeypatch: p
         layout = SequenceLayout(96, 16, has_noisy_half=True)
         shapes = [(2, heads, 192, dim) for heads in (6, 2, 2, 6)]
         query, key, value, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-        found, expected = [], []
+        found: list[torch.Tensor] = []
+        expected: list[torch.Tensor] = []
         for attention, of_dtype, results in (
             (native_attention, dtype, found),
             (dense_attention, torch.float64, expected),
@@ -52,8 +53,8 @@ def test_every_width_of_vectors(machine: str, dtype: torch.dtype, monkeypatch: p
 
 
 def test_what_rows_see() -> None:
-    """Ranges of keys; L = 6, documents of 4 and 2 tokens, blocks of 2, of which {2, 3} and {4, 5} are noisy in the first
-    sequence and {0, 1} in the second, which has two rows of padding."""
+    """Ranges of keys; L = 6, documents of 4 and 2 tokens, blocks of 2, of which {2, 3} and {4, 5} are noisy in the
+    first sequence and {0, 1} in the second, which has two rows of padding."""
     layout = table_layout(2, [[4, 2], [4, 2]], [[range(2, 4), range(4, 6)], [range(2)]])
     clean = [[4, 5, 0, 0], [4, 6, 0, 0], [4, 7, 0, 0], [4, 8, 0, 0], [8, 9, 0, 0], [8, 10, 0, 0]]
     first = [[4, 6, 0, 2], [4, 6, 0, 2], [8, 8, 2, 4], [8, 8, 2, 4]]
@@ -70,7 +71,7 @@ def test_what_rows_see_is_shared_by_layers() -> None:
     assert module._seen(layout, 2) is module._seen(SequenceLayout(64, 16, has_noisy_half=True), 2)
 
 
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize(
     ("num_sequences", "num_kv_heads", "num_threads", "parts"),
     [(1, 1, 2, 2), (1, 3, 2, 2), (2, 4, 2, 1), (1, 1, 1, 1), (1, 2, 3, 3), (1, 6, 4, 2), (2, 8, 4, 1)],

@@ -1,5 +1,6 @@
 """What is known of GPUs by their names, and what a configuration may ask for that is not there."""
 
+import platform as machine
 import sys
 import sysconfig
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import torch
 
 from nld_train.config.schema import CompilePointwise, Config, Device, LayerSpec, Precision
 from nld_train.errors import ConfigError
+from nld_train.platform.cpu import cpu_info
 from nld_train.platform.device import (
     Platform,
     check_compiler,
@@ -105,3 +107,8 @@ def test_what_is_not_installed_is_said() -> None:
     assert len(lines) == 2
     assert "ModuleNotFoundError" in lines[0]
     assert len(missing_libraries(platform("cuda", has_transformer_engine=True))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or machine.machine() != "x86_64", reason="needs Linux on x86-64")
+def test_what_the_processor_can_do_is_read() -> None:
+    assert {"fpu", "sse2"} <= cpu_info().flags

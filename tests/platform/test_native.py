@@ -10,7 +10,7 @@ import pytest
 
 from nld_train.platform import native
 from nld_train.platform.native import NativeError, native_library
-from nld_train.testing.fixtures import needs_compiler
+from nld_train.testing.native import needs_native
 
 ANSWER = 'extern "C" int answer() { return 42; }\n'
 
@@ -25,7 +25,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@needs_compiler
+@needs_native
 def test_a_library_is_compiled_once_and_again_when_its_text_changes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,7 +42,7 @@ def test_a_library_is_compiled_once_and_again_when_its_text_changes(
     assert [*kept.parent.glob("*.tmp")] == []
 
 
-@needs_compiler
+@needs_native
 def test_processes_that_start_together_compile_once(source: Path, tmp_path: Path) -> None:
     """The compiler is a script that counts its calls and takes its time."""
     compiler = tmp_path / "slow-c++"
@@ -77,7 +77,7 @@ def test_a_compiler_for_another_openmp_library_is_not_taken(
         native_library(source)
 
 
-@needs_compiler
+@needs_native
 def test_what_the_compiler_says_is_passed_on_and_nothing_is_kept(source: Path, tmp_path: Path) -> None:
     source.write_text("int answer( { }\n")
     with pytest.raises(NativeError, match=r"answer\.cpp.* ended with 1: [\s\S]*error"):
@@ -88,15 +88,15 @@ def test_what_the_compiler_says_is_passed_on_and_nothing_is_kept(source: Path, t
     assert native_library(source).answer() == 42
 
 
-@needs_compiler
+@needs_native
 def test_a_library_that_lacks_a_symbol_is_refused_at_once(source: Path) -> None:
     """Not when the function is called: a compiler may ask for an OpenMP library other than torch's."""
     source.write_text('extern "C" { int other(); int answer() { return other(); } }\n')
-    with pytest.raises(NativeError, match="cannot be loaded: .*other"):
+    with pytest.raises(NativeError, match=r"cannot be loaded: .*other"):
         native_library(source)
 
 
-@needs_compiler
+@needs_native
 def test_a_cache_that_cannot_be_written_is_replaced(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,14 +107,15 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-@needs_compiler
+@needs_native
 def test_a_temporary_folder_of_somebody_else_is_not_used(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
-    (tmp_path / f"nld_train-{os.getuid() + 1}").mkdir()
-    monkeypatch.setattr(native.os, "getuid", lambda uid=os.getuid() + 1: uid)
+    somebody = os.getuid() + 1
+    (tmp_path / f"nld_train-{somebody}").mkdir()
+    monkeypatch.setattr(native.os, "getuid", lambda: somebody)
     with pytest.raises(NativeError, match="belongs to somebody else"):
         native_library(source)
 
