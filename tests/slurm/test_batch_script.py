@@ -118,8 +118,11 @@ class FakeRun:
         variables = {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
         variables |= {"SLURM_RESTART_COUNT": str(self.starts)}
         output = self.folder / "output"
+        # A shell that starts tests in the background has them ignore SIGINT, and what ignores it bash cannot trap.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with output.open("w") as file:  # no pipe: a srun that is left behind would hold it open
             process = subprocess.Popen(["bash", "-c", script], env=os.environ | variables, stdout=file, stderr=file)
+        signal.signal(signal.SIGINT, before)
         self.starts += 1
         for number in signals:
             while not (self.folder / "waits").exists():
