@@ -80,7 +80,7 @@ def multiple_of(value: int, unit: int) -> int:
 
 def cxx_compiler() -> str:
     """The C++ compiler as torch's compiler finds it: $CXX, or else g++ (clang++ on macOS)."""
-    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def missing_compiler() -> tuple[str, str] | None:

@@ -8,7 +8,7 @@
 // All matrix products are one function, multiply: sums of R rows and V vectors stay in registers while a column of
 // R numbers meets a row of V vectors, over and over. What it reads is packed once for each key-value head.
 //
-// Plain C++17 with the vector extensions of GCC and Clang; compiled for the machine that it runs on.
+// Plain C++17 with GCC's vector extensions; compiled for the machine that it runs on (nld_train.platform.native).
 //
 // Dimensions: B sequences, H query heads, K key-value heads, G = H / K, S rows, N keys, D head dimension, M rows of a
 // tile (of all its heads).
@@ -57,6 +57,18 @@ inline void store(Scalar* to, Vector x) {
 
 inline Floats select(Ints mask, Floats yes, Floats no) {
     return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
+}
+
+// A product that is not to be fused with what is added to it.
+inline Floats rounded(Floats x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
 }
 
 inline Floats larger(Floats a, Floats b) { return select((Ints)(a > b), a, b); }
@@ -204,7 +216,6 @@ void multiply(const typename Op::Unit* a, int64_t row_step, int64_t step, const 
     Floats sums[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = adds ? load<Floats>(c + r * c_step + v * LANES) : Floats{};
-#pragma GCC unroll 2
     for (int k = 0; k < count; ++k) {
         decltype(Op::loaded(b)) of_b[V];
         for (int v = 0; v < V; ++v) of_b[v] = Op::loaded(b + k * b_step + v * LANES);
@@ -690,7 +701,10 @@ class Backward {
         for (const Piece& piece : batch)
             for (int column = 0; column < piece.columns; column += LANES) {
                 float *score = scores + piece.at + column, *of_p = of_probabilities + piece.at + column;
-                const Floats p = masked(exp2_of(load<Floats>(score) * factor - log_sum_exp), 0.0f, piece, column, seen);
+                // Rounded like the forward pass's, which is what the log-sum-exp was taken of: where one key has all the
+                // weight it is exactly 1.
+                const Floats scaled = rounded(load<Floats>(score) * factor);
+                const Floats p = masked(exp2_of(scaled - log_sum_exp), 0.0f, piece, column, seen);
                 const Floats d = p * (load<Floats>(of_p) - product) * p_.scale;
                 store(score, p);
                 store(of_p, d);
@@ -762,7 +776,7 @@ using HalfOperands = Singles;
 
 extern "C" {
 
-// Floats that ``room`` must hold; 16 of them are aligned to 64 bytes.
+// How many floats ``room`` must hold, for the forward or the backward pass.
 int64_t nld_room(const Problem* p, int is_backward) {
     if (is_backward) return p->is_bf16 ? backward<Bf16, HalfOperands>(*p, true) : backward<float, Singles>(*p, true);
     return p->is_bf16 ? forward<Bf16, HalfOperands>(*p, true) : forward<float, Singles>(*p, true);

@@ -85,11 +85,17 @@ def native_attention(
         value: [B, K, N + L, D].
 
     Raises:
-        ValueError: not on the CPU, or another dtype.
+        ValueError: not on the CPU, another dtype, or shapes that are not these.
         NativeError: the kernel cannot be compiled here.
     """
     if query.device.type != "cpu" or query.dtype not in DTYPES:
         raise ValueError(f"native_attention takes {DTYPES} on the CPU, not {query.dtype} on {query.device}")
+    num_sequences, num_heads, num_rows, dim = query.shape
+    of_keys = (num_sequences, key.shape[1], layout.num_keys, dim)
+    is_alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape == of_keys
+    if not is_alike or num_rows != layout.num_rows or num_heads % key.shape[1]:
+        given = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value))
+        raise ValueError(f"not the rows and keys of one attention over {layout.num_rows} rows: {given}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     return _NativeAttention.apply(query, key, value, layout, scale)
 

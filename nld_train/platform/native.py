@@ -1,5 +1,6 @@
 """C++ of the project, compiled for the machine that it runs on: once, and kept in the user's cache."""
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -34,32 +35,56 @@ def native_library(source: Path, machine: str = "native") -> ctypes.CDLL:
         machine: the compiler's ``-march``.
 
     Raises:
-        NativeError: there is no compiler or none for torch's OpenMP library, whose threads are to be shared; it fails.
+        NativeError: there is no GCC or no cache, it fails, or torch brings no OpenMP library, whose threads are to be
+            shared.
     """
+    try:
+        return _loaded(source, machine)
+    except (OSError, RuntimeError) as error:  # of the file system; of a user without a home
+        raise NativeError(f"{source.name} cannot be compiled: {error}") from error
+
+
+def _loaded(source: Path, machine: str) -> ctypes.CDLL:
     compiler = cxx_compiler()
     program = shutil.which(compiler)
     if program is None:
         raise NativeError(f"there is no C++ compiler {compiler!r}")
+    version = _run([program, "--version"])
+    first_line = version.partition("\n")[0]
+    if "Free Software Foundation" not in version:
+        raise NativeError(f"{compiler!r} is {first_line}, not GCC, whose code alone takes torch's OpenMP library")
     openmp = _openmp_library()
     flags = (*_FLAGS, f"-march={machine}")
-    version = _run([program, "--version"]).partition("\n")[0]
-    if "clang" in version.lower():
-        raise NativeError(f"{compiler!r} is {version}, whose code needs an OpenMP library other than torch's: use GCC")
-    here = [version, *flags, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
+    # torch's library comes before the compiler's own, which then is not needed.
+    command = [program, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}"]
+    here = [first_line, *flags, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
     name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, here)])).hexdigest()[:24]
     path = _cache_folder() / f"{source.stem}-{name}.so"
-    if not path.exists():
-        with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_suffix(".lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # some network file systems have no locks: then each process compiles
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                # torch's library comes before the compiler's own, which then is not needed.
-                _run([program, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(temporary)])
-                os.replace(temporary, path)
+        if path.exists():
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
+            path.unlink()  # damaged
+        _compile(command, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
+        path.unlink()
         raise NativeError(f"{path} cannot be loaded: {error}") from error
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """All of the library under its name, or none."""
+    number, temporary = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
+    try:
+        _run([*command, "-o", temporary])
+        os.fsync(number)
+        os.replace(temporary, path)
+    finally:
+        os.close(number)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _openmp_library() -> Path:

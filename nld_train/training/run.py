@@ -60,6 +60,7 @@ def run(config: Config) -> int:
     platform = initialize_device(config.train.device)
     check_layer_spec(config, platform)
     check_compiler(config, platform)
+    resolve_backend(config.model.attention_backend, platform.device)
     keeps_memory = not platform.is_cuda and keep_freed_memory()
     callbacks = CallbackList()
     # The watchdog comes first.
@@ -127,7 +128,8 @@ def run(config: Config) -> int:
                 if writes:
                     callbacks = build_callbacks(config)
                 callbacks.on_run_start(describe(config, stages, start_step, platform, topology, keeps_memory))
-                for line in [*layout_lines, *notices(config), *damaged]:
+                others = other_attention(config, platform, cpu_group)
+                for line in [*layout_lines, *notices(config), *others, *damaged]:
                     callbacks.on_message(line)
                 trainer = Trainer(
                     config=config,
@@ -272,6 +274,25 @@ def describe(
     )
 
 
+def _first_line(text: str | None) -> str:
+    return "" if text is None else text.partition("\n")[0]
+
+
+def other_attention(config: Config, platform: Platform, group: dist.ProcessGroup) -> list[str]:
+    """Which ranks choose another attention than rank 0 does, as each looks for a compiler on its own machine; for
+    people. Collective."""
+    if platform.is_cuda or config.model.attention_backend is not AttentionBackend.auto:
+        return []
+    found: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, missing_for_native(), group=group)
+    return [
+        f"rank {rank} computes attention by {'native' if missing is None else 'chunked'}, unlike rank 0: other last "
+        f"digits ({_first_line(missing if missing is not None else found[0])})"
+        for rank, missing in enumerate(found)
+        if (missing is None) != (found[0] is None)
+    ]
+
+
 def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     """Device and arithmetic, and whose kernels compute what."""
     shape, precision, device = config.model, config.train.precision, platform.device
@@ -280,8 +301,8 @@ def chosen_kernels(config: Config, platform: Platform) -> dict[str, str]:
     attention = backend.value
     if backend is AttentionBackend.native and precision is not Precision.fp32:
         attention += f", {arithmetic()}"
-    elif backend is AttentionBackend.chunked and (missing := missing_for_native()) is not None:
-        attention += f" (not native: {missing.partition(chr(10))[0]})"
+    elif backend is AttentionBackend.chunked and shape.attention_backend is AttentionBackend.auto:
+        attention += f" (not native: {_first_line(missing_for_native())})"
     if by_transformer_engine:
         attention += ", under a plain causal mask Transformer Engine's"
     gradients = (

@@ -415,6 +415,9 @@ def test_native_attention_needs_a_compiler(tiny: Config, monkeypatch: pytest.Mon
     assert problem.message == "native, but there is no C++ compiler '/nowhere/c++'"
     assert "CXX" in problem.remedy
     assert "model.attention_backend=auto" in problem.remedy
+    monkeypatch.setenv("CXX", "")  # as if it were not set
+    assert "''" not in "".join(problem.message for problem in validate(native, 1))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
     assert validate(native, None) == []  # on another machine
     assert validate(changed(native, model__attention_backend=AttentionBackend.auto), 1) == []
     monkeypatch.setenv("CXX", sys.executable)  # some program

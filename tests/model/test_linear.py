@@ -158,3 +158,13 @@ def test_layers_in_which_ranks_exchange_nothing_are_ours(one_rank: RankPool, two
     assert one_rank.run(layers_of, ParallelConfig()) == [True] * 4
     # A column-parallel layer sums the gradient of its input over the ranks.
     assert two_ranks.run(layers_of, parallel, parallel=parallel) == [False, True, False, True]
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_rows_of_a_fast_product(has_bf16: bool, fast_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "has_bf16_products", lambda: has_bf16)
+    cpu = torch.device("cpu")
+    assert linear.fast_rows(torch.float32, cpu) == (32 if fast_onednn else 1)
+    assert linear.fast_rows(torch.bfloat16, cpu) == (8 if has_bf16 else 1)
+    assert linear.fast_rows(torch.float64, cpu) == 1
+    assert linear.fast_rows(torch.bfloat16, torch.device("cuda")) == 1

@@ -52,6 +52,24 @@ def test_every_width_of_vectors(machine: str, dtype: torch.dtype, monkeypatch: p
             assert (a.double() - b).norm() < (1e-6 if dtype is torch.float32 else 6e-3) * b.norm()
 
 
+@needs_native
+def test_arguments_of_other_sizes_are_refused() -> None:
+    """The kernel would read what is not there."""
+    layout = SequenceLayout(8, 4, has_noisy_half=True)
+    query, key = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
+    native_attention(query, key, key, layout)
+    for q, k, v in (
+        (query, key.bfloat16(), key),
+        (query[:, :3], key, key),
+        (query, key[:, :, :15], key[:, :, :15]),
+        (query[:, :, :15], key, key),
+        (query, key, torch.zeros(1, 2, 16, 9)),
+        (query, key.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1)),
+    ):
+        with pytest.raises(ValueError, match="not the rows and keys of one attention over 16 rows"):
+            native_attention(q, k, v, layout)
+
+
 def test_what_rows_see() -> None:
     """Ranges of keys; L = 6, documents of 4 and 2 tokens, blocks of 2, of which {2, 3} and {4, 5} are noisy in the
     first sequence and {0, 1} in the second, which has two rows of padding."""

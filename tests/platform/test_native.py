@@ -1,6 +1,8 @@
 """Compiling C++ of the project: once, for all processes, and what is said where it cannot be done."""
 
+import fcntl
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -66,14 +68,15 @@ def test_no_compiler_is_said_so(source: Path, monkeypatch: pytest.MonkeyPatch) -
         native_library(source)
 
 
+@pytest.mark.parametrize("says", ["Debian clang version 19.1.7 (3+b1)", "Intel(R) oneAPI DPC++/C++ Compiler 2025.0.4"])
 def test_a_compiler_for_another_openmp_library_is_not_taken(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    says: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'Debian clang version 19.1.7 (3+b1)'\n")
+    compiler.write_text(f"#!/bin/sh\necho '{says}'\n")
     compiler.chmod(stat.S_IRWXU)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(NativeError, match=r"clang version 19\.1\.7 .*OpenMP library other than torch's: use GCC"):
+    with pytest.raises(NativeError, match=re.escape(f"is {says}, not GCC")):
         native_library(source)
 
 
@@ -108,6 +111,53 @@ def test_a_cache_that_cannot_be_written_is_replaced(
 
 
 @needs_native
+@pytest.mark.parametrize("damage", [b"", b"something else"])
+def test_a_damaged_library_is_compiled_again(source: Path, tmp_path: Path, damage: bytes) -> None:
+    # A process of its own: one that has loaded a library is given it again, whatever the file has become.
+    code = (
+        "import sys; from pathlib import Path; from nld_train.platform.native import native_library; "
+        "assert native_library(Path(sys.argv[1])).answer() == 42"
+    )
+    command = [sys.executable, "-c", code, str(source)]
+    subprocess.run(command, check=True)
+    [kept] = (tmp_path / "cache" / "nld_train").glob("*.so")
+    whole = kept.stat().st_size
+    kept.write_bytes(damage)
+    subprocess.run(command, check=True)
+    assert kept.stat().st_size == whole
+
+
+@needs_native
+def test_a_file_system_without_locks_will_do(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert native_library(source).answer() == 42
+
+
+@needs_native
+def test_whatever_the_file_system_says_is_a_reason(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary folder that cannot be made, a lock of somebody else, a user without a home."""
+    with monkeypatch.context() as patch:
+        (tmp_path / "cache").write_text("a file")
+        patch.setattr(native.tempfile, "gettempdir", lambda: "/proc")
+        with pytest.raises(NativeError, match=r"answer\.cpp cannot be compiled: .*/proc/nld_train"):
+            native_library(source)
+    (tmp_path / "cache").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")), raising=False)
+        with pytest.raises(NativeError, match=r"answer\.cpp cannot be compiled: .*no"):
+            native_library(source)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    with pytest.raises(NativeError, match="no home directory"):
+        native_library(source)
+
+
+@needs_native
 def test_a_temporary_folder_of_somebody_else_is_not_used(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,8 +170,8 @@ def test_a_temporary_folder_of_somebody_else_is_not_used(
         native_library(source)
 
 
+@needs_native
 def test_torch_without_openmp_is_said_so(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr(native.torch, "__file__", str(source))
     with pytest.raises(NativeError, match="brings no libgomp"):
         native_library(source)
