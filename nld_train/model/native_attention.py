@@ -80,7 +80,7 @@ def native_attention(
     rows are fp32; with AVX512-BF16 operands of products are bf16, else fp32, too.
 
     Args:
-        query: [B, H, S, D], any strides with a contiguous last dimension.
+        query: [B, H, S, D], any strides.
         key: [B, K, N + L, D].
         value: [B, K, N + L, D].
 
@@ -93,7 +93,8 @@ def native_attention(
     num_sequences, num_heads, num_rows, dim = query.shape
     of_keys = (num_sequences, key.shape[1], layout.num_keys, dim)
     is_alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape == of_keys
-    if not is_alike or num_rows != layout.num_rows or num_heads % key.shape[1]:
+    of_layout = num_sequences if layout.table is None else len(layout.table.blocks)
+    if not is_alike or (num_sequences, num_rows) != (of_layout, layout.num_rows) or num_heads % key.shape[1]:
         given = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value))
         raise ValueError(f"not the rows and keys of one attention over {layout.num_rows} rows: {given}")
     scale = 1.0 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale

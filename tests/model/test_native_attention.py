@@ -68,6 +68,9 @@ def test_arguments_of_other_sizes_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="not the rows and keys of one attention over 16 rows"):
             native_attention(q, k, v, layout)
+    of_two = table_layout(4, [[8], [8]], [[range(4), range(4, 8)]] * 2)
+    with pytest.raises(ValueError, match="not the rows and keys of one attention over 16 rows"):
+        native_attention(query, key, key, of_two)
 
 
 def test_what_rows_see() -> None:
