@@ -145,6 +145,9 @@ struct Piece {
     int at;         // first column of the batch
     bool is_own;    // of the rows' own blocks, else of the clean tokens
     bool is_whole;  // every row of the tile sees all of it
+
+    // Of its first column in what pack_columns has written.
+    int64_t packed_at(int64_t units) const { return key / PANEL * PANEL * units + key % PANEL; }
 };
 
 // Operands of multiply: a Unit holds WIDTH numbers that follow each other in the dimension that is summed over.
@@ -263,7 +266,6 @@ void product(const typename Op::Unit* a, int64_t row_step, int64_t step, const t
     }
 }
 
-
 // ---------------------------------------------------------------------------------------------------------- problem
 
 }  // namespace
@@ -344,6 +346,9 @@ struct Tile {
     std::vector<std::vector<Piece>> batches;
 
     int64_t tokens() const { return end - first; }
+    // Of a row of the tile: which head of the group, and which row of the sequence.
+    int64_t head(int64_t row) const { return row / tokens(); }
+    int64_t place(int64_t row) const { return first + row % tokens(); }
 };
 
 void add_pieces(Tile& tile, Range any, Range all, bool is_own) {
@@ -572,10 +577,10 @@ class Forward {
         std::fill(out_, out_ + num_rows * sizes_.dim, 0.0f);
         for (const auto& batch : tile.batches) {
             for (const Piece& piece : batch)
-                product<Op>(rows_, units, 1, keys_ + piece.key / PANEL * PANEL * units + piece.key % PANEL, PANEL,
+                product<Op>(rows_, units, 1, keys_ + piece.packed_at(units), PANEL,
                             scores_ + piece.at, SCORES, num_rows, piece.columns, units, false);
             for (int64_t row = 0; row < num_rows; ++row) {
-                const float correction = exponentiate(batch, seen[tile.first + row % tile.tokens()],
+                const float correction = exponentiate(batch, seen[tile.place(row)],
                                                       p_.scale * LOG2_E, scores_ + row * SCORES, largest_[row], sums_[row]);
                 if (correction != 1.0f)
                     for (int64_t d = 0; d < sizes_.dim; ++d) out_[row * sizes_.dim + d] *= correction;
@@ -587,7 +592,7 @@ class Forward {
             });
         }
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t head = kv_head * sizes_.group + row / tile.tokens(), at = tile.first + row % tile.tokens();
+            const int64_t head = kv_head * sizes_.group + tile.head(row), at = tile.place(row);
             const bool is_empty = is_padding(seen[at]);
             write_row(out_ + row * sizes_.dim, is_empty ? 0.0f : 1.0f / sums_[row], p_.dim,
                       rows_of<T>(p_.out, p_.of_out, sequence, head)[at]);
@@ -656,7 +661,7 @@ class Backward {
         pack_summed<Op>(query, p_.dim, dim, query_);
         pack_summed<Op>(grad, p_.dim, dim, grad_);
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t head = kv_head * sizes_.group + row / tile.tokens(), at = tile.first + row % tile.tokens();
+            const int64_t head = kv_head * sizes_.group + tile.head(row), at = tile.place(row);
             log_sums_exp_[row] = p_.log_sum_exp[(sequence * p_.heads + head) * p_.rows + at];
             products_[row] = 0;
             if (grad[row])
@@ -666,14 +671,14 @@ class Backward {
         const int64_t summed_rows = (num_rows + Op::WIDTH - 1) / Op::WIDTH;
         for (const auto& batch : tile.batches) {
             for (const Piece& piece : batch) {
-                const int64_t columns = piece.key / PANEL * PANEL * units + piece.key % PANEL;
+                const int64_t columns = piece.packed_at(units);
                 product<Op>(query_rows_, units, 1, key_columns_ + columns, PANEL, scores_ + piece.at, SCORES, num_rows,
                             piece.columns, units, false);
                 product<Op>(grad_rows_, units, 1, value_columns_ + columns, PANEL, of_probabilities_ + piece.at, SCORES,
                             num_rows, piece.columns, units, false);
             }
             for (int64_t row = 0; row < num_rows; ++row)
-                differentiate(batch, seen[tile.first + row % tile.tokens()], scores_ + row * SCORES,
+                differentiate(batch, seen[tile.place(row)], scores_ + row * SCORES,
                               of_probabilities_ + row * SCORES, log_sums_exp_[row], products_[row]);
             const Unit* by_row = Op::along_rows(scores_, num_rows, batch, rounded_);
             for_spans(batch, [&](int64_t key, int columns, int at) {
@@ -688,7 +693,7 @@ class Backward {
             });
         }
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t head = kv_head * sizes_.group + row / tile.tokens(), at = tile.first + row % tile.tokens();
+            const int64_t head = kv_head * sizes_.group + tile.head(row), at = tile.place(row);
             write_row(grad_query_ + row * dim, 1.0f, p_.dim,
                       rows_of<T>(p_.grad_query, p_.of_grad_query, sequence, head)[at]);
         }

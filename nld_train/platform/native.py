@@ -5,7 +5,6 @@ import ctypes
 import fcntl
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nld_train.config.rules import cxx_compiler
+from nld_train.config.rules import cxx_compiler, missing_compiler
 from nld_train.platform.cpu import cpu_info
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
@@ -45,18 +44,17 @@ def native_library(source: Path, machine: str = "native") -> ctypes.CDLL:
 
 
 def _loaded(source: Path, machine: str) -> ctypes.CDLL:
+    if missing := missing_compiler():
+        raise NativeError(missing[0])
     compiler = cxx_compiler()
-    program = shutil.which(compiler)
-    if program is None:
-        raise NativeError(f"there is no C++ compiler {compiler!r}")
-    version = _run([program, "--version"])
+    version = _run([compiler, "--version"])
     first_line = version.partition("\n")[0]
     if "Free Software Foundation" not in version:
         raise NativeError(f"{compiler!r} is {first_line}, not GCC, whose code alone takes torch's OpenMP library")
     openmp = _openmp_library()
     flags = (*_FLAGS, f"-march={machine}")
     # torch's library comes before the compiler's own, which then is not needed.
-    command = [program, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}"]
+    command = [compiler, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}"]
     here = [first_line, *flags, cpu_info().name, *sorted(cpu_info().flags), torch.__version__, str(openmp)]
     name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, here)])).hexdigest()[:24]
     path = _cache_folder() / f"{source.stem}-{name}.so"
