@@ -158,6 +158,11 @@ def last_step(run_dir: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
+def last_checkpoint(run_dir: Path) -> int:
+    """Its step. Checkpoints are written beside the training: some steps may be done before one has its name."""
+    return max((int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
+
+
 def group_is_alive(group: int) -> bool:
     """A process of this group is there."""
     try:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from nld_train.testing.jobs import Job, last_step, records, same_export, steps
+from nld_train.testing.jobs import Job, last_checkpoint, last_step, records, same_export, steps
 from nld_train.training.callbacks.heartbeat import read_heartbeat
 
 KILLS = 50
@@ -67,7 +67,7 @@ def test_random_kills_lose_nothing(tmp_path: Path) -> None:
             assert not job.is_over(), "it came to its end before all kills: make it longer"
             job.kill()
         kills[how] += 1
-        newest = max((int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
+        newest = last_checkpoint(run_dir)
         print(
             f"kill {sum(kills.values())} in a {how}: step {begun} -> {last_step(run_dir)}, checkpoint {newest}",
             flush=True,

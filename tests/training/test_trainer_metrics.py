@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nld_train.objective.losses import NUM_BUCKETS
-from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, records
+from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, last_checkpoint, last_step, records
 
 CHAT_LENGTH = 128
 STEPS = {"ar": 2, "joint": 4, "sft": 14}
@@ -69,18 +69,18 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, cache: Path, plain: list[d
     After ``plain``: the corpus is prepared, and the chat's conversations are.
     """
     run_dir = tmp_path_factory.mktemp("runs") / "resumed"
-    metrics = run_dir / "metrics.jsonl"
     process = start(run_dir, cache, "train.term_norm_interval=2")
     deadline = time.monotonic() + 200
-    while process.poll() is None and not (metrics.exists() and f'"step": {KILL_AFTER_STEP},' in metrics.read_text()):
+    while last_step(run_dir) < KILL_AFTER_STEP or last_checkpoint(run_dir) <= CHAT_BEGINS:
+        assert process.poll() is None, run_dir.with_suffix(".log").read_text()
         assert time.monotonic() < deadline, run_dir.with_suffix(".log").read_text()
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL, run_dir.with_suffix(".log").read_text()
-    last_saved = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
-    assert CHAT_BEGINS < last_saved < sum(STEPS.values())
+    saved = last_checkpoint(run_dir)
+    assert CHAT_BEGINS < saved < sum(STEPS.values())
     finish(start(run_dir, cache, "train.term_norm_interval=2"), run_dir)
-    assert f"step {last_saved}" in run_dir.with_suffix(".log").read_text()
+    assert f"step {saved}" in run_dir.with_suffix(".log").read_text()
     return records(run_dir)
 
 
