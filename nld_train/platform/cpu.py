@@ -115,7 +115,10 @@ def enter() -> None:
 
 
 class CPUInfo(NamedTuple):
-    """What Linux says of the first processor; empty elsewhere. ``flags``: what it can do."""
+    """What Linux says of the first processor; empty elsewhere.
+
+    ``flags``: what it can do. On aarch64, where the kernel knows no names, ``vendor`` and ``name`` are numbers.
+    """
 
     vendor: str
     name: str
@@ -129,8 +132,14 @@ def cpu_info() -> CPUInfo:
     except OSError:
         lines = []
     values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    def first_of(*names: str) -> str:
+        return next((values[name] for name in names if values.get(name)), "")
+
     return CPUInfo(
-        values.get("vendor_id", ""), values.get("model name", ""), frozenset(values.get("flags", "").split())
+        first_of("vendor_id", "CPU implementer"),
+        first_of("model name", "CPU part"),
+        frozenset(first_of("flags", "Features").split()),
     )
 
 

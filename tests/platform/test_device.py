@@ -112,3 +112,21 @@ def test_what_is_not_installed_is_said() -> None:
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or machine.machine() != "x86_64", reason="needs Linux on x86-64")
 def test_what_the_processor_can_do_is_read() -> None:
     assert {"fpu", "sse2"} <= cpu_info().flags
+
+
+NEOVERSE = """\
+processor\t: 0
+BogoMIPS\t: 2000.00
+Features\t: fp asimd bf16
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU part\t: 0xd4f
+
+processor\t: 1
+"""
+
+
+def test_what_a_processor_without_a_name_can_do_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aarch64: libraries in a home that two kinds of machines share are told apart by this."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: NEOVERSE)
+    assert cpu_info.__wrapped__() == ("0x41", "0xd4f", {"fp", "asimd", "bf16"})

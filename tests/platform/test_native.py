@@ -175,3 +175,12 @@ def test_torch_without_openmp_is_said_so(source: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(native.torch, "__file__", str(source))
     with pytest.raises(NativeError, match="brings no libgomp"):
         native_library(source)
+
+
+@pytest.mark.parametrize("folder", ["torch/lib", "torch.libs"])
+def test_openmp_is_found_where_torch_has_it(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / folder / "libgomp-a49a47f9.so.1.0.0"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(native.torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    assert native._openmp_library() == library
