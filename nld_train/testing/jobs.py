@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +46,12 @@ OVERRIDES = [
     "checkpoint.interval_seconds=0",
     "export.max_new_tokens=8",
 ]
+
+
+def importing_project(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables of a program that lies elsewhere: it imports this checkout, and else what it would import anyway."""
+    folders = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def steps(stage: str, number: int) -> str:

@@ -1,7 +1,6 @@
 """The memory model against torch's own count on a GPU, run by scripts/gpu_check.sh; a process for each step."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from nld_train.testing.jobs import ROOT, importing_project
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
 PROGRAM = """
@@ -78,7 +78,7 @@ def test_peak_is_as_estimated(tmp_path: Path, name: str) -> None:
     finished = subprocess.run(
         [sys.executable, str(program), json.dumps(PLAIN | CASES[name])],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=importing_project(),
         check=True,
         timeout=280,
         stdout=subprocess.PIPE,

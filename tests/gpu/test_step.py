@@ -6,7 +6,6 @@ not have it.
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nld_train.objective.losses import LossTerms
+from nld_train.testing.jobs import ROOT, importing_project
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
 
@@ -101,7 +100,7 @@ def other_layers() -> list[str]:
 
 
 def run_program(program: Path, *arguments: str, hide_gpu: bool = False) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})
+    environment = importing_project() | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})
     subprocess.run([sys.executable, str(program), *arguments], cwd=ROOT, env=environment, check=True, timeout=280)
 
 

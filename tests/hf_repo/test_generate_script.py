@@ -1,7 +1,6 @@
 """From an exported folder to text: loading, the four modes on one prompt, the script, folders that are no export."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from nld_train.errors import CheckpointError
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.testing.exports import write_tokenizer
+from nld_train.testing.jobs import importing_project
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -118,9 +118,7 @@ def test_a_missing_folder_is_refused(tmp_path):
 
 def test_script(export):
     command = [sys.executable, str(SCRIPT), "--model", str(export), "--prompt", PROMPT, "--max-new-tokens", "12"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=importing_project(), check=False)
     assert done.returncode == 0, done.stderr
     heads = re.findall(
         r"^\[(\w+)\] 12 tokens, (\d+) forwards, ([\d.]+) tokens per forward\ndef main", done.stdout, re.M

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import math
-import os
 import subprocess
 import sys
 import weakref
@@ -25,6 +24,7 @@ from nld_train.model.rope import RotaryEmbedding
 from nld_train.objective.sequence import RowTable, SequenceLayout
 from nld_train.platform import compilation
 from nld_train.testing.fixtures import needs_compiler
+from nld_train.testing.jobs import importing_project
 
 CPU = torch.device("cpu")
 
@@ -300,5 +300,5 @@ def test_the_kernel_for_gpus_rotates_alike(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     program = tmp_path / "kernel.py"
     program.write_text(KERNEL_PROGRAM)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = importing_project() | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, str(program)], env=environment, check=True, timeout=120)

@@ -16,6 +16,7 @@ from nld_train.errors import DataError
 from nld_train.testing.benchmarks.comparison import Comparison, Row, cpu_seconds, run_comparison, seconds
 from nld_train.testing.benchmarks.conversion import anonymous_bytes
 from nld_train.testing.benchmarks.results import machine, performance_page, read_results, store_results, stored_file
+from nld_train.testing.jobs import importing_project
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -181,8 +182,7 @@ def test_unknown_suites_are_refused_by_name(benchmark: dict[str, Any], capsys: p
 def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "attention", "--device", "cpu", "--check", "--json", tmp_path / "a.json"]
     root = SCRIPT.parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=importing_project(), check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -191,8 +191,7 @@ def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
 def test_conversion_is_half_as_fast_as_copying_and_small_in_memory(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "convert", "--check", "--rounds", "3", "--json", tmp_path / "a.json"]
     root = SCRIPT.parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=importing_project(), check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "peak anonymous memory" in finished.stdout
 
@@ -237,7 +236,7 @@ if __name__ == "__main__":
     script.write_text(program)
     root = SCRIPT.parents[1]
     finished = subprocess.run(
-        [sys.executable, str(script)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        [sys.executable, str(script)], cwd=root, env=importing_project(),
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr

@@ -1,6 +1,5 @@
 """scripts/inspect_batch.py: the batch that a run would read there, in plain text where there is no terminal."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nld_train.testing.jobs import ROOT, importing_project
 from scripts.inspect_batch import main
 
-ROOT = Path(__file__).resolve().parents[2]
 Inspect = Callable[..., tuple[int, str, str]]
 SHORT = ("data.sequence_length=64", "objective.block_size=16", "train.validation_samples=8", "model.vocab_size=512")
 
@@ -79,9 +78,7 @@ def test_what_is_not_there_is_refused(inspect: Inspect) -> None:
 
 def test_help_is_quick_and_says_what_to_type() -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "inspect_batch.py"), "--help"]
-    result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run(command, env=importing_project(), capture_output=True, text=True, check=True)
     assert "--stage" in result.stdout
     assert "data.document_mask=boundary" in result.stdout
     assert not re.search(r"\|\s+torch$", result.stderr, re.MULTILINE)

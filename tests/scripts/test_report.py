@@ -1,23 +1,21 @@
 """``scripts/report.py``: what the page shows, that it needs nothing from elsewhere, a real browser, damaged folders."""
 
 import json
-import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import yaml
 
 from nld_train.evaluation.page import build_page
+from nld_train.testing.jobs import ROOT, importing_project
 from nld_train.training.metrics import Lap, encode_record, step_record, validation_record
 from scripts import report
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS, TOKENS = {"ar": 40, "joint": 60}, 4096
 LOG = """2026-11-21 09:00:00  run        runs/a starts
@@ -374,6 +372,6 @@ def test_no_torch(tmp_path):
     code = "import sys; from scripts import report; code = report.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; sys.exit(code)", str(write_run(tmp_path / "run"))],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=importing_project(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from nld_train.errors import EXIT_RESTART, ConfigError
 from nld_train.platform.device import Platform
 from nld_train.platform.topology import Topology
 from nld_train.testing import jobs
-from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, same_export
+from nld_train.testing.jobs import BATCH, LENGTH, ON_CPU, ROOT, SMALL, importing_project, same_export
 from nld_train.testing.ranks import RankPool
 from nld_train.training.faults import MIN_SPIKE_RECORDS, SKIP_WINDOW, SPIKE_WINDOW, FaultHistory, skip_message
 from nld_train.training.metrics import encode_record, records_of
@@ -155,7 +155,7 @@ def run(run_dir: Path, cache: Path, fault: str, step: int, sample: int, *extra: 
     program = ["-m", "nld_train.testing.faulty_train", fault, str(step), str(sample)]  # torchrun knows -m, too
     return subprocess.run(
         [*launcher, *program, f"run.dir={run_dir}", f"data.cache_dir={cache}", *OVERRIDES, *extra],
-        cwd=ROOT, env=ON_CPU | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env=importing_project(ON_CPU), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 

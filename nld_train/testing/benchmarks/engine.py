@@ -1,6 +1,5 @@
 """What Megatron's engine, and a whole run around it, cost beside a loop in plain PyTorch."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from nld_train.platform.topology import topology_of
 from nld_train.testing.benchmarks.comparison import Comparison, Work, seconds
 from nld_train.testing.benchmarks.conversion import without_results
 from nld_train.testing.benchmarks.step import TrainingStep, loader_batch
+from nld_train.testing.jobs import ROOT, importing_project
 from nld_train.testing.peers import PlainModel
 from nld_train.training.metrics import read_metrics
 from nld_train.training.step import LossWeights, lay_out
@@ -106,17 +106,16 @@ class TrainRun:
     """Median over the steps of the last run, everything between two steps included, but for validation and saves."""
 
     def __call__(self) -> Sequence[Tensor]:
-        root = Path(__file__).parents[3]
         config = compose_unlaunched([])
         tokens = self.num_steps * config.train.global_batch_size * config.data.sequence_length
         with tempfile.TemporaryDirectory(prefix="benchmark_engine_") as folder:
-            command = [sys.executable, str(root / "train.py"), f"run.dir={folder}/run", "~stages.ar"]
+            command = [sys.executable, str(ROOT / "train.py"), f"run.dir={folder}/run", "~stages.ar"]
             command += [f"stages.joint.tokens={tokens}", "export.enabled=false", "train.validation_samples=8"]
             command += ["train.log_interval=1", "checkpoint.interval_steps=1000000", "checkpoint.interval_seconds=0"]
             command += [f"train.device={self.device.type}"]
-            environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            environment = importing_project() | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
             finished = subprocess.run(
-                command, cwd=root, env=environment, capture_output=True, text=True, check=False
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
             )  # fmt: skip
             if finished.returncode != 0:
                 raise RuntimeError(f"train.py failed:\n{finished.stdout}{finished.stderr}")
