@@ -133,7 +133,7 @@ def test_a_compiled_run_is_bit_exact_too(undisturbed: Path, cache: Path, tmp_pat
     with Job(run_dir, cache, compiled, output=tmp_path / "output") as job:
         job.wait_for_step(3)
         job.processes[0].send_signal(signal.SIGUSR1)
-        assert job.statuses(timeout=60) == [EXIT_RESTART], job.output.read_text()
+        assert job.statuses(timeout=200) == [EXIT_RESTART], job.output.read_text()
     result = train(run_dir, cache, compiled)
     assert result.returncode == 0, result.stdout + result.stderr
     assert records(run_dir) == records(whole)
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_also_from_the_checkpoint_before(undisturbed: Path
     with Job(run_dir, cache, output=tmp_path / "output") as job:
         job.wait_for_step(3)
         job.processes[0].send_signal(signal.SIGUSR1)
-        assert job.statuses(timeout=60) == [EXIT_RESTART], job.output.read_text()
+        assert job.statuses(timeout=200) == [EXIT_RESTART], job.output.read_text()
     assert heartbeat(run_dir)["state"] == "stopped"
     older, newest = complete_checkpoints(run_dir / "checkpoints")
     assert newest.name == f"step_{last_step(run_dir):08d}"

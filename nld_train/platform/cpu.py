@@ -117,11 +117,12 @@ def enter() -> None:
 class CPUInfo(NamedTuple):
     """What Linux says of the first processor; empty elsewhere.
 
-    ``flags``: what it can do. On aarch64, where the kernel knows no names, ``vendor`` and ``name`` are numbers.
+    ``flags``: what it can do. On aarch64, where Linux knows no names, ``vendor`` and ``model`` are numbers.
     """
 
     vendor: str
     name: str
+    model: str
     flags: frozenset[str]
 
 
@@ -138,7 +139,8 @@ def cpu_info() -> CPUInfo:
 
     return CPUInfo(
         first_of("vendor_id", "CPU implementer"),
-        first_of("model name", "CPU part"),
+        first_of("model name"),
+        first_of("model", "CPU part"),
         frozenset(first_of("flags", "Features").split()),
     )
 

@@ -55,7 +55,7 @@ def _loaded(source: Path, machine: str) -> ctypes.CDLL:
     flags = (*_FLAGS, f"-march={machine}")
     # torch's library comes before the compiler's own, which then is not needed.
     command = [compiler, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}"]
-    here = [first_line, *flags, *cpu_info()[:2], *sorted(cpu_info().flags), torch.__version__, str(openmp)]
+    here = [first_line, *flags, *cpu_info()[:3], *sorted(cpu_info().flags), torch.__version__, str(openmp)]
     name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, here)])).hexdigest()[:24]
     path = _cache_folder() / f"{source.stem}-{name}.so"
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -89,9 +89,8 @@ def _openmp_library() -> Path:
     """torch's own: with another beside it each would have its threads, and they would wait for the same cores."""
     package = Path(torch.__file__).parent
     # Wheels for x86-64 have it in the first folder, those for aarch64 in the second.
-    found = [
-        path for folder in (package / "lib", package.parent / "torch.libs") for path in folder.glob("libgomp*.so*")
-    ]
+    folders = (package / "lib", package.parent / "torch.libs")
+    found = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     if not found:
         raise NativeError(f"torch {torch.__version__} brings no libgomp")
     return found[0]

@@ -5,7 +5,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ import torch
 from nld_train.errors import CheckpointError
 from nld_train.evaluation.decoding import DecodingMode, continue_prompt, format_continuation, load_export
 from nld_train.testing.exports import write_tokenizer
-from nld_train.testing.jobs import importing_project
+from nld_train.testing.jobs import ROOT, importing_project
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 PROMPT = "def main"
 

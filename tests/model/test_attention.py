@@ -39,7 +39,7 @@ from nld_train.testing.layouts import table_layout
 from nld_train.testing.native import needs_native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 1e-2}  # the largest seen is a quarter to half
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 5e-6, torch.bfloat16: 1e-2}  # up to 0.3, 0.3 and 0.6 of it were seen
 Attention = Callable[[Tensor, Tensor, Tensor, SequenceLayout], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 NATIVE = pytest.param(native_attention, marks=needs_native, id="native_attention")

@@ -129,7 +129,7 @@ def test_onednn_takes_whole_units_of_fp32_rows_on_the_cpu(fast_onednn: bool) -> 
 def test_which_processors_have_a_fast_onednn(
     monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, is_fast: bool
 ) -> None:
-    monkeypatch.setattr(linear, "cpu_info", lambda: CPUInfo(vendor, "", frozenset(flags.split())))
+    monkeypatch.setattr(linear, "cpu_info", lambda: CPUInfo(vendor, "", "", frozenset(flags.split())))
     found = linear.has_fast_onednn.__wrapped__()
     assert found is (is_fast and torch.backends.mkldnn.is_available())
 

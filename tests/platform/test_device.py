@@ -129,4 +129,4 @@ processor\t: 1
 def test_what_a_processor_without_a_name_can_do_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """aarch64: libraries in a home that two kinds of machines share are told apart by this."""
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: NEOVERSE)
-    assert cpu_info.__wrapped__() == ("0x41", "0xd4f", {"fp", "asimd", "bf16"})
+    assert cpu_info.__wrapped__() == ("0x41", "", "0xd4f", {"fp", "asimd", "bf16"})
