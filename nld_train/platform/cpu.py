@@ -139,7 +139,7 @@ def cpu_info() -> CPUInfo:
 
     return CPUInfo(
         first_of("vendor_id", "CPU implementer"),
-        first_of("model name"),
+        values.get("model name", ""),
         first_of("model", "CPU part"),
         frozenset(first_of("flags", "Features").split()),
     )

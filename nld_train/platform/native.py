@@ -55,7 +55,8 @@ def _loaded(source: Path, machine: str) -> ctypes.CDLL:
     flags = (*_FLAGS, f"-march={machine}")
     # torch's library comes before the compiler's own, which then is not needed.
     command = [compiler, *flags, str(source), str(openmp), f"-Wl,-rpath,{openmp.parent}"]
-    here = [first_line, *flags, *cpu_info()[:3], *sorted(cpu_info().flags), torch.__version__, str(openmp)]
+    cpu = cpu_info()
+    here = [first_line, *flags, cpu.vendor, cpu.name, cpu.model, *sorted(cpu.flags), torch.__version__, str(openmp)]
     name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, here)])).hexdigest()[:24]
     path = _cache_folder() / f"{source.stem}-{name}.so"
     with open(path.with_suffix(".lock"), "w") as lock:

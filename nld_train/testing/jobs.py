@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file
 
+from nld_train.checkpoint.manager import latest_checkpoint
 from nld_train.training.metrics import TIMING_FIELDS
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,8 @@ def last_step(run_dir: Path) -> int:
 
 def last_checkpoint(run_dir: Path) -> int:
     """Its step. Checkpoints are written beside the training: some steps may be done before one has its name."""
-    return max((int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    return 0 if newest is None else int(newest.name.removeprefix("step_"))
 
 
 def group_is_alive(group: int) -> bool:

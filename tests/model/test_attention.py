@@ -87,6 +87,13 @@ def run(attention: Attention, inputs: Inputs, layout: SequenceLayout) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
 
 
+def run_exactly(reference: Attention, inputs: Inputs, layout: SequenceLayout) -> list[Tensor]:
+    """In float64, of the same (rounded) inputs."""
+    *tensors, grad = (x.detach().double() for x in inputs)
+    query, key, value = (x.requires_grad_() for x in tensors)
+    return run(reference, (query, key, value, grad), layout)
+
+
 def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
     """The error is measured against the tensor's norm or, where that is larger, the output's.
 
@@ -104,10 +111,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
 def assert_equals_written_out(
     attention: Attention, layout: SequenceLayout, inputs: Inputs, reference: Attention = written_out
 ) -> None:
-    """Compared with the float64 result of the same (rounded) inputs."""
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
-    expected = run(reference, (*exact[:3], exact[3].detach()), layout)
-    assert_close(run(attention, inputs, layout), expected, inputs[0].dtype)
+    assert_close(run(attention, inputs, layout), run_exactly(reference, inputs, layout), inputs[0].dtype)
 
 
 # ------------------------------------------------------------------------------------------------ values and gradients
@@ -240,8 +244,7 @@ def test_flex_and_causal_on_cuda(length: int, block_size: int, has_noisy_half: b
         (*on_gpu[:3], on_gpu[3].detach()),
         layout,
     )
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
-    expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
+    expected = run_exactly(written_out, inputs, layout)
     assert_close([x.cpu() for x in actual], expected, torch.bfloat16)
 
 
@@ -251,8 +254,7 @@ def test_long_rows_in_bf16_are_merged_and_accumulated_in_fp32(attention: Attenti
     monkeypatch.setattr(chunked_module, "JOINED_PREFIX", 0)
     layout = SequenceLayout(1024, 32, has_noisy_half=True)
     inputs = make_inputs(layout, 1, 2, 1, 16, dtype=torch.bfloat16)
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
-    expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
+    expected = run_exactly(written_out, inputs, layout)
 
     def errors(attention: Attention) -> list[float]:
         return [
@@ -572,8 +574,7 @@ def test_scores_far_apart_and_large():
     query, key, value, grad = make_inputs(layout, 1, 4, 2, 64, dtype=torch.float32)  # the scale is exact
     for factor in (30, 1000):
         inputs = ((query.detach() * factor).requires_grad_(), key, value, grad)
-        exact = tuple(x.detach().double().requires_grad_() for x in inputs)
-        expected = run(written_out, (*exact[:3], exact[3].detach()), layout)
+        expected = run_exactly(written_out, inputs, layout)
         for ours, torchs, b in zip(
             run(native_attention, inputs, layout), run(dense_attention, inputs, layout), expected, strict=True
         ):

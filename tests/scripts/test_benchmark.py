@@ -16,9 +16,9 @@ from nld_train.errors import DataError
 from nld_train.testing.benchmarks.comparison import Comparison, Row, cpu_seconds, run_comparison, seconds
 from nld_train.testing.benchmarks.conversion import anonymous_bytes
 from nld_train.testing.benchmarks.results import machine, performance_page, read_results, store_results, stored_file
-from nld_train.testing.jobs import importing_project
+from nld_train.testing.jobs import ROOT, importing_project
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+SCRIPT = ROOT / "scripts" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,7 @@ def test_unknown_suites_are_refused_by_name(benchmark: dict[str, Any], capsys: p
 @pytest.mark.benchmark
 def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "attention", "--device", "cpu", "--check", "--json", tmp_path / "a.json"]
-    root = SCRIPT.parents[1]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=importing_project(), check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=importing_project(), check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -190,8 +189,7 @@ def test_chunked_attention_is_faster_than_dense_as_required(tmp_path: Path):
 @pytest.mark.timeout(900)
 def test_conversion_is_half_as_fast_as_copying_and_small_in_memory(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "convert", "--check", "--rounds", "3", "--json", tmp_path / "a.json"]
-    root = SCRIPT.parents[1]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, env=importing_project(), check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=importing_project(), check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "peak anonymous memory" in finished.stdout
 
@@ -234,9 +232,8 @@ if __name__ == "__main__":
 """
     script = tmp_path / "program.py"
     script.write_text(program)
-    root = SCRIPT.parents[1]
     finished = subprocess.run(
-        [sys.executable, str(script)], cwd=root, env=importing_project(),
+        [sys.executable, str(script)], cwd=ROOT, env=importing_project(),
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
